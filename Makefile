@@ -1,0 +1,55 @@
+# Everything that is done with this project, by name. `make` alone lists it.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+JOBS   ?= 2
+# One thread a process: small tensors are slower on several, and tests run side by side.
+QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(QUIET) $(BIN)/python -m pytest -q -n $(JOBS)
+
+.PHONY: help setup quickstart test slow lint check size build clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv and install itune there with the tested versions (again only when they change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: setup  ## make data, pretrain, tune, score and ask, from nothing, without a network: some minutes
+	$(BIN)/python recipes/quickstart/make_data.py --output .quickstart
+	$(BIN)/itune pretrain --recipe recipes/quickstart/pretrain.yaml
+	$(BIN)/itune tune --recipe recipes/quickstart/tune.yaml
+	$(BIN)/itune eval --run runs/quickstart-tune
+	$(BIN)/itune generate --run runs/quickstart-tune \
+	  "Review: The plot was dull, but the music was wonderful. Is this review positive, negative or neutral?" \
+	  "Translate to French: the cat sees the red ball"
+
+test: setup  ## the tests that a change must pass: under five minutes on two cores
+	$(PYTEST) -m "not slow and not gpu"
+
+slow: setup  ## all tests but those that need a GPU (for these: pytest -m gpu)
+	$(PYTEST) -m "not gpu"
+
+lint: setup  ## format, style and types, nothing run
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test  ## lint, then test: what .ci/run begins with
+
+size: setup  ## lengths of files and functions, and what nobody calls
+	@$(BIN)/python .ci/size.py src/itune
+	@$(BIN)/vulture src/itune --min-confidence 80 || true
+
+build: setup  ## the wheel, in dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean:  ## remove builds and caches; the environment, data and runs stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,216 @@
+"""A hub on the loopback address: model and dataset repositories served from plain folders, by the standard library alone.
+
+Layout: ROOT/models/ORGANISATION/NAME/ and ROOT/datasets/ORGANISATION/NAME/, one revision each (any name is taken for it).
+Clients find it by HF_ENDPOINT, which they read when first imported: so it serves processes that are started afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+KINDS = ("models", "datasets")
+API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(?P<rest>/.*)?")
+FILE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
+RANGE = re.compile(r"bytes=(\d+)-(\d*)")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One folder seen as a repository with a single commit."""
+
+    kind: str
+    id: str
+    folder: Path
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+    def sha(self) -> str:
+        """A commit's name, 40 hexadecimal digits, that follows the content."""
+        digest = hashlib.sha1(self.id.encode())
+        for path in self.files():
+            digest.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "_id": self.id,
+            "id": self.id,
+            "modelId": self.id,
+            "sha": self.sha(),
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "tags": [],
+            "downloads": 0,
+            "likes": 0,
+            "lastModified": "2026-01-01T00:00:00.000Z",
+            "createdAt": "2026-01-01T00:00:00.000Z",
+            "siblings": [
+                {"rfilename": path.relative_to(self.folder).as_posix()} for path in self.files()
+            ],
+        }
+
+    def entry(self, path: Path) -> dict[str, Any]:
+        """A line of a listing."""
+        name = path.relative_to(self.folder).as_posix()
+        if path.is_dir():
+            return {
+                "type": "directory",
+                "oid": hashlib.sha1(name.encode()).hexdigest(),
+                "size": 0,
+                "path": name,
+            }
+        return {"type": "file", "oid": etag(path), "size": path.stat().st_size, "path": name}
+
+    def inside(self, name: str) -> Path | None:
+        """The file or folder of that name, or None: also where it would lie outside the repository."""
+        path = (self.folder / name).resolve()
+        return path if path.is_relative_to(self.folder) and path.exists() else None
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """The server; `requests` lists what was asked for, `METHOD path` each, for tests that count."""
+
+    daemon_threads = True
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.root = root.resolve()
+        self.requests: list[str] = []
+
+    def repository(self, kind: str, id_: str) -> Repository | None:
+        folder = self.root / kind / id_
+        return Repository(kind, id_, folder) if folder.is_dir() else None
+
+
+class Answer(BaseHTTPRequestHandler):
+    """One request. Unknown repositories and files get the codes that huggingface_hub turns into its errors."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        if match := API.fullmatch(path):
+            self.api(match["kind"], match["id"], (match["rest"] or "").strip("/"))
+        elif match := FILE.fullmatch(path):
+            self.resolve("datasets" if match["kind"] else "models", match["id"], match["path"])
+        elif path.removeprefix("/api/") in KINDS:
+            self.listing(path.removeprefix("/api/"))
+        else:
+            self.missing("EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """`paths-info`: what of the paths asked for there is."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        match = API.fullmatch(path)
+        if match is None or not (match["rest"] or "").startswith("/paths-info/"):
+            return self.missing("EntryNotFound")
+        repository = self.server.repository(match["kind"], match["id"])
+        if repository is None:
+            return self.missing("RepoNotFound")
+        found = [repository.inside(name) for name in json.loads(body)["paths"]]
+        return self.json([repository.entry(path) for path in found if path])
+
+    def listing(self, kind: str) -> None:
+        folders = sorted(path for path in self.server.root.glob(f"{kind}/*/*") if path.is_dir())
+        self.json([Repository(kind, f"{p.parent.name}/{p.name}", p).info() for p in folders])
+
+    def api(self, kind: str, id_: str, rest: str) -> None:
+        repository = self.server.repository(kind, id_)
+        verb, _, tail = rest.partition("/")
+        if repository is None:
+            self.missing("RepoNotFound", status=401)  # as the real one says to strangers
+        elif verb in ("", "revision"):
+            self.json(repository.info())
+        elif verb == "refs":
+            branch = {"name": "main", "ref": "refs/heads/main", "targetCommit": repository.sha()}
+            self.json({"branches": [branch], "tags": [], "converts": []})
+        elif verb == "tree":
+            self.tree(repository, tail.partition("/")[2])
+        else:
+            self.missing("EntryNotFound")
+
+    def tree(self, repository: Repository, name: str) -> None:
+        folder = repository.inside(name)
+        if folder is None or not folder.is_dir():
+            return self.missing("EntryNotFound")
+        recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        found = sorted(folder.rglob("*") if recursive else folder.iterdir())
+        return self.json([repository.entry(path) for path in found])
+
+    def resolve(self, kind: str, id_: str, name: str) -> None:
+        repository = self.server.repository(kind, id_)
+        if repository is None:
+            return self.missing("RepoNotFound", status=401)
+        path = repository.inside(name)
+        if path is None or not path.is_file():
+            return self.missing("EntryNotFound", {"X-Repo-Commit": repository.sha()})
+        content = path.read_bytes()
+        headers = {
+            "ETag": f'"{etag(path)}"',
+            "X-Repo-Commit": repository.sha(),
+            "Accept-Ranges": "bytes",
+        }
+        if match := RANGE.fullmatch(self.headers.get("Range") or ""):
+            first, last = int(match[1]), int(match[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.send(206, content[first : last + 1], headers)
+        return self.send(200, content, headers)
+
+    def json(self, value: object) -> None:
+        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def missing(
+        self, code: str, headers: dict[str, str] | None = None, *, status: int = 404
+    ) -> None:
+        self.send(
+            status, b'{"error": "not here"}', {"X-Error-Code": code, **(headers or {})}
+        )
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: a test's output is its own."""
+
+
+@contextlib.contextmanager
+def serving(root: Path) -> Iterator[str]:
+    """The address of a hub over `root`, which is made if need be; ends with the block."""
+    for kind in KINDS:
+        (root / kind).mkdir(parents=True, exist_ok=True)
+    with Hub(root) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,95 @@
+"""The hub of the tests: what clients ask of the real one is answered, and `itune` works with it end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Itune
+
+Hub = tuple[Path, dict[str, "str | None"]]
+
+CLIENT = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import load_dataset
+tokenizer = AutoTokenizer.from_pretrained("tiny/llama")
+model = AutoModelForCausalLM.from_pretrained("tiny/llama", revision="main")
+rows = load_dataset("tiny/reviews", split="train[:50%]")
+try:
+    AutoTokenizer.from_pretrained("tiny/nobody")
+    missing = ""
+except OSError as error:
+    missing = type(error).__name__
+print(json.dumps({
+    "parameters": model.num_parameters(),
+    "tokens": tokenizer("the cat").input_ids,
+    "rows": rows.to_list(),
+    "missing": missing,
+}))
+"""
+
+
+@pytest.fixture
+def filled(hub: Hub, tiny_model_dir: Path) -> Hub:
+    """The hub with a model `tiny/llama` and a dataset `tiny/reviews` of 8 rows in two splits."""
+    root, env = hub
+    shutil.copytree(tiny_model_dir, root / "models" / "tiny" / "llama")
+    reviews = root / "datasets" / "tiny" / "reviews"
+    reviews.mkdir(parents=True)
+    lines = [json.dumps({"text": f"film {i} was fine", "label": i % 2}) for i in range(8)]
+    for split in ("train", "test"):
+        (reviews / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root, env
+
+
+def test_the_clients_find_models_data_and_what_is_not_there(filled: Hub) -> None:
+    _, env = filled
+    changed = {**os.environ, **env}
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT],
+        env={name: value for name, value in changed.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["parameters"] > 100_000
+    assert said["tokens"]
+    assert said["rows"] == [{"text": f"film {i} was fine", "label": i % 2} for i in range(4)]
+    assert said["missing"] == "OSError"
+
+
+@pytest.mark.slow
+def test_tune_takes_model_and_data_from_the_hub(itune: Itune, filled: Hub) -> None:
+    _, env = filled
+    Path("recipe.yaml").write_text(
+        "model: {name: tiny/llama}\n"
+        "adapter: {peft_type: lora, r: 4, target_modules: all-linear}\n"
+        "data:\n"
+        "  train: {path: tiny/reviews, split: train, template: sentiment}\n"
+        '  eval: {path: tiny/reviews, split: "test[:4]", template: sentiment}\n'
+        "training: {max_steps: 2, tokens_per_step: 256, max_length: 256}\n",
+        encoding="utf-8",
+    )
+    done = itune("tune", "--recipe", "recipe.yaml", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_repository_that_is_not_there_is_one_line_and_exit_2_or_3(
+    itune: Itune, filled: Hub
+) -> None:
+    _, env = filled
+    done = itune("generate", "--model", "tiny/nobody", "hello", env=env)
+    assert done.returncode in (2, 3), done.stderr
+    assert "tiny/nobody" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""Prints how long the files and functions of a package are, the longest first: a guide, not a gate."""
+"""Prints how long files and functions of a package are, the longest first: a guide, no gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread, an empty working folder, a seed, tiny models and the command line."""
+"""What every test gets: no network, one thread, an empty folder, a seed, tiny models, the CLI."""
 
 from __future__ import annotations
 
@@ -82,9 +82,10 @@ Itune = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def itune(tmp_path: Path) -> Itune:
-    """`itune("tune", "--recipe", path)` in a process of its own; gives returncode, stdout and stderr.
+    """`itune("tune", "--recipe", path)` in a process of its own: returncode, stdout, stderr.
 
-    `env` adds variables, or removes those whose value is None. A command over `timeout_s` is killed and fails the test.
+    `env` adds variables, or removes those whose value is None. A command that takes longer than
+    `timeout_s` is killed and fails the test.
     """
 
     def run(
@@ -204,7 +205,7 @@ def saved(folder: Path, family: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Llama of 0.1M weights with the tiny tokenizer. Read-only by agreement: copy before changing."""
+    """Folder of a Llama of 0.1M weights with the tiny tokenizer. Copy it before changing it."""
     return saved(tmp_path_factory.mktemp("causal"), "causal")
 
 
@@ -222,7 +223,7 @@ def tiny_masked_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[Path, dict[str, str | None]]]:
-    """A hub on this machine: its root folder, to put repositories in, and the variables for `itune(..., env=)`."""
+    """A hub on this machine: its root, to put repositories in, and the `env` to reach it with."""
     from hub import serving
 
     root = tmp_path / "hub"

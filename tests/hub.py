@@ -1,7 +1,8 @@
-"""A hub on the loopback address: model and dataset repositories served from plain folders, by the standard library alone.
+"""A hub on the loopback address: repositories served from folders, with the standard library alone.
 
-Layout: ROOT/models/ORGANISATION/NAME/ and ROOT/datasets/ORGANISATION/NAME/, one revision each (any name is taken for it).
-Clients find it by HF_ENDPOINT, which they read when first imported: so it serves processes that are started afterwards.
+Layout: ROOT/models/ORGANISATION/NAME/ and ROOT/datasets/ORGANISATION/NAME/, one revision each,
+which every revision asked for is taken for. Clients find it by HF_ENDPOINT, which they read when
+first imported: so it serves processes that are started afterwards.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class Repository:
         return {"type": "file", "oid": etag(path), "size": path.stat().st_size, "path": name}
 
     def inside(self, name: str) -> Path | None:
-        """The file or folder of that name, or None: also where it would lie outside the repository."""
+        """The file or folder of that name, or None; None too where it would lie outside."""
         path = (self.folder / name).resolve()
         return path if path.is_relative_to(self.folder) and path.exists() else None
 
@@ -99,7 +100,7 @@ class Hub(ThreadingHTTPServer):
 
 
 class Answer(BaseHTTPRequestHandler):
-    """One request. Unknown repositories and files get the codes that huggingface_hub turns into its errors."""
+    """One request. What is not there gets the codes that huggingface_hub knows."""
 
     protocol_version = "HTTP/1.1"
     server: Hub
@@ -184,9 +185,7 @@ class Answer(BaseHTTPRequestHandler):
     def missing(
         self, code: str, headers: dict[str, str] | None = None, *, status: int = 404
     ) -> None:
-        self.send(
-            status, b'{"error": "not here"}', {"X-Error-Code": code, **(headers or {})}
-        )
+        self.send(status, b'{"error": "not here"}', {"X-Error-Code": code, **(headers or {})})
 
     def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -1,4 +1,4 @@
-"""The hub of the tests: what clients ask of the real one is answered, and `itune` works with it end to end."""
+"""The hub of the tests: it answers what clients ask of the real one, and `itune` works with it."""
 
 from __future__ import annotations
 

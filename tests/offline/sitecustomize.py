@@ -1,7 +1,7 @@
 """Refuses every connection but those to this machine, in the process that imports it.
 
-`conftest.py` imports it for pytest and puts this folder on the PYTHONPATH of the commands which tests start, where Python
-imports a module of this name by itself.
+`conftest.py` imports it for pytest and puts this folder on the PYTHONPATH of the commands which
+tests start, where Python imports a module of this name by itself.
 """
 
 from __future__ import annotations

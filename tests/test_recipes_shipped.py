@@ -1,0 +1,143 @@
+"""Every recipe and prompt that ships loads, says what it shows, and fits the data it is for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Itune
+
+from itune import recipes, templates
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PROMPTS = sorted((ROOT / "prompts").rglob("*.yaml"))
+Row = dict[str, Any]
+
+# For each prompt a row as its data set has it, the answer, and what counts as right.
+ROWS: dict[str, tuple[Row, str, list[str]]] = {
+    "sentiment": ({"text": "A fine film.", "label": 1}, "positive", ["positive"]),
+    "squad": (
+        {
+            "context": "Ada lived in London.",
+            "question": "Where did Ada live?",
+            "answers": {"text": ["London", "in London"], "answer_start": [13, 10]},
+        },
+        "London",
+        ["London", "in London"],
+    ),
+    "summarize": (
+        {"source": ["One sentence.", "Another."], "target": ["Short.", "Brief."]},
+        "Short.",
+        ["Short.", "Brief."],
+    ),
+    "translate-en-fr": ({"en": "A dog.", "fr": "Un chien."}, "Un chien.", ["Un chien."]),
+    "translate-en-de": ({"en": "A dog.", "de": "Ein Hund."}, "Ein Hund.", ["Ein Hund."]),
+    "alpaca": (
+        {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+        "5",
+        ["5"],
+    ),
+    "couplet": ({"topic": "rain", "couplet": "Rain,\nagain."}, "Rain,\nagain.", ["Rain,\nagain."]),
+}
+MESSAGES = [
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello to you."},
+]
+
+
+def named(paths: list[Path]) -> list[Any]:
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+def sources(recipe: recipes.Recipe) -> list[recipes.Source]:
+    return [*recipe.data.train, *recipe.data.eval]
+
+
+def test_all_were_seen() -> None:
+    for kind, paths in (("recipes", RECIPES), ("prompts", PROMPTS)):
+        assert set(paths) == set(recipes.shipped(kind).rglob("*.yaml"))
+        assert set(paths) == {path for path in (ROOT / kind).rglob("*.y*ml") if path.is_file()}
+    assert len(RECIPES) >= 8
+    assert len(PROMPTS) >= 8
+    assert {path.stem for path in PROMPTS} == {*ROWS, "chat"}, "every prompt has a row above"
+
+
+@pytest.mark.parametrize("path", named([*RECIPES, *PROMPTS]))
+def test_the_first_line_says_what_it_shows(path: Path) -> None:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("# ")
+    assert "Shows: " in first
+
+
+@pytest.mark.parametrize("path", named(RECIPES))
+def test_recipe_loads_and_is_the_same_when_written_out(path: Path) -> None:
+    command = "pretrain" if path.stem == "pretrain" else "tune"
+    recipe = recipes.load(path, command=command)
+    again = recipes.loads(recipes.dump(recipe), path.as_posix())
+    assert recipes.digest(again) == recipes.digest(recipe)
+    for source in sources(recipe):
+        if source.template is not None:
+            templates.load(source.template)
+        else:
+            assert command == "pretrain"
+
+
+@pytest.mark.parametrize("path", named([path for path in RECIPES if path.parent.name == "recipes"]))
+def test_recipe_is_found_by_its_bare_name(path: Path) -> None:
+    assert recipes.digest(recipes.load(path.stem)) == recipes.digest(recipes.load(path))
+
+
+@pytest.mark.parametrize("path", named(PROMPTS))
+def test_prompt_renders_a_row_of_its_data(path: Path) -> None:
+    template = templates.load(path)
+    assert template.name == path.stem
+    if template.task == "chat":
+        assert not template.prompts
+        return
+    row, answer, gold = ROWS[path.stem]
+    for wording in range(len(template.prompts)):
+        prompt = template.prompt(row, wording)
+        assert prompt == prompt.strip()
+        assert "{" not in prompt
+        assert "None" not in prompt
+    assert template.answer(row) == answer
+    assert template.gold(row) == gold
+    assert template.columns() <= set(row)
+
+
+def row_for(template: str) -> Row:
+    """A row that the template can render, with what only its data set has beside."""
+    return {"messages": MESSAGES} if template == "chat" else ROWS[template][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", named([path for path in RECIPES if path.parent.name == "recipes"]))
+def test_recipe_takes_two_steps_on_a_tiny_model_and_is_scored(
+    path: Path, itune: Itune, tiny_model_dir: Path, tiny_seq2seq_dir: Path
+) -> None:
+    recipe = recipes.load(path)
+    assert recipe.model.name is not None
+    tiny = tiny_seq2seq_dir if "t5" in recipe.model.name else tiny_model_dir
+    row = row_for(recipe.data.train[0].template or "")
+    rows = [{**row, "n": i} for i in range(8)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    small = {
+        "model.name": tiny,
+        "data.train.path": "rows.jsonl",
+        "data.eval.path": "rows.jsonl",
+        "training.max_steps": 2,
+        "training.max_length": 256,
+        "training.tokens_per_step": 512,
+        "generation.max_new_tokens": 4,
+    }
+    changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    done = itune("tune", "--recipe", path, *changes, "--output", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    done = itune("eval", "--run", "run", "--json")
+    assert done.returncode == 0, done.stderr
+    (scores,) = json.loads(done.stdout)["tasks"].values()
+    assert scores["rows"] > 0
+    assert scores["against"]["scores"]

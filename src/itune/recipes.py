@@ -1,0 +1,571 @@
+"""The recipe: its sections and fields, how it is read, overridden, written, compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from itune import errors, records, yamls
+from itune.records import Flag, Number, Record, Text, Whole
+
+TRAINING_COMMANDS = ("pretrain", "tune")
+SOURCES = (("data", "train"), ("data", "eval"))
+STOPS: tuple[yamls.Key, yamls.Key] = (
+    ("training", "max_steps"),
+    ("training", "num_train_epochs"),
+)
+
+# Keys that say where a run goes and how it is watched, not what comes out of it.
+UNDECIDING = (
+    "output",
+    "tracking",
+    "launch",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+)
+
+# Names of keys whose values are secrets. `use_cls_token`, `eos_token` and `tokens_per_step` are not.
+SECRET_KEY = re.compile(
+    r"(^|_)(api_?key|access_key|private_key|secret_key|secret|password|passwd|passphrase|credentials?)$"
+    r"|^((hub|hf|access|auth|use_auth|api|bearer|refresh|wandb|github|gitlab)_)?token$",
+    re.IGNORECASE,
+)
+
+
+def _share_or_count(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(f"expected a share below 1 or a whole number of steps, found {value}.")
+    return int(value) if value >= 1 else value
+
+
+Steps = Annotated[Number, Field(gt=0), pydantic.AfterValidator(_share_or_count)]
+
+
+class TokenizerRecipe(Record):
+    """A tokenizer trained on the training data before the model starts."""
+
+    algorithm: Literal["bpe", "unigram", "wordpiece", "wordlevel"] = "bpe"
+    """How text is cut: bpe (over bytes), unigram, wordpiece or wordlevel."""
+    vocab_size: Annotated[Whole, Field(ge=16, le=10_000_000)]
+    """Entries of the vocabulary, special tokens included."""
+
+
+Tokenizer = Annotated[
+    Annotated[TokenizerRecipe, pydantic.Tag("<mapping>")] | Annotated[Text, pydantic.Tag("<text>")],
+    pydantic.Discriminator(lambda value: "<text>" if isinstance(value, str) else "<mapping>"),
+]
+
+
+class FromScratch(Record):
+    """A model with random weights. Every other key is a field of the `*Config` of its type."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    model_type: Text
+    """The architecture by the name that transformers gives it: llama, gpt2, t5, bert."""
+    tokenizer: Tokenizer
+    """The tokenizer to train, or the name or folder of one that exists."""
+    embedding_std: Annotated[Number, Field(gt=0)] | None = None
+    """Standard deviation of the input embeddings at the start; the config's own when left out."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config's fields, without `model_type`."""
+        return dict(self.model_extra or {})
+
+
+class Model(Record):
+    """The model to start from: one of `name` and `from_scratch`."""
+
+    name: Text | None = None
+    """A repository on the Hugging Face hub, or a folder."""
+    revision: Text | None = None
+    """The commit, tag or branch of the repository; the newest commit when left out."""
+    family: Literal["causal", "seq2seq", "masked"] | None = None
+    """Decoder, encoder-decoder or encoder; read from the model's config when left out."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto takes what the model has and the processor can do."""
+    attn_implementation: Text | None = None
+    """Attention kernel, as transformers names it (sdpa, eager, flash_attention_2)."""
+    from_scratch: FromScratch | None = None
+    """Start from random weights instead of from a trained model."""
+
+
+class Source(Record):
+    """One source of rows. A local file stands for whatever split is named."""
+
+    path: Text
+    """A repository on the hub, a folder, a file, or a pattern such as `data/*.jsonl`."""
+    name: Text | None = None
+    """The configuration of a hub data set that has several."""
+    data_files: Text | tuple[Text, ...] | dict[str, Text | tuple[Text, ...]] | None = None
+    """The files to take from a repository or folder, as `datasets.load_dataset` takes them."""
+    split: Text | None = None
+    """The split, with a slice if wanted: `train`, `test[:2000]`; `train` when left out."""
+    revision: Text | None = None
+    """The commit, tag or branch of the repository; the newest commit when left out."""
+    template: Text | None = None
+    """The prompt template, by name or path; without one the column `text` is plain text."""
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
+    limit: Annotated[Whole, Field(ge=1)] | None = None
+    """Take the first rows only, this many."""
+    rename: dict[str, Text] = {}
+    """New names for columns, `old: new`, before the template sees them."""
+    field: Text | None = None
+    """The key of a JSON file under which its rows are."""
+
+
+def _listed(value: Any) -> Any:
+    """One mapping stands for a list of one, nothing for an empty list."""
+    return [] if value is None else [value] if isinstance(value, dict) else value
+
+
+Sources = Annotated[tuple[Source, ...], pydantic.BeforeValidator(_listed)]
+
+
+class Data(Record):
+    """What is trained on and what is measured on: each one source, or a list of them."""
+
+    train: Sources
+    """The rows to train on; several sources are mixed by their weights."""
+    eval: Sources = ()
+    """The held-out rows to measure on; each source is reported under its template's name."""
+
+
+class Training(Record):
+    """The loop, under the names of `transformers.TrainingArguments` where it has them."""
+
+    learning_rate: Annotated[Number, Field(gt=0, le=10)] = 2e-4
+    """The highest learning rate of the schedule."""
+    lr_scheduler_type: Text = "cosine"
+    """How the learning rate changes over the steps, as transformers names its schedules."""
+    lr_scheduler_kwargs: dict[str, Any] = {}
+    """Further arguments of the schedule, such as `min_lr_rate`."""
+    warmup_steps: Annotated[Number, Field(ge=0), pydantic.AfterValidator(_share_or_count)] = 0.03
+    """Steps over which the learning rate rises from 0; below 1 a share of all steps."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the weight matrices."""
+    max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
+    """The gradient is scaled down to at most this norm; 0 leaves it as it is."""
+    num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
+    """How often all the training rows are seen; not together with `max_steps`."""
+    max_steps: Annotated[Whole, Field(ge=-1)] = -1
+    """Stop after this many optimizer steps; -1 counts epochs instead."""
+    optim: Text = "adamw_torch_fused"
+    """The optimizer, as transformers names it."""
+    adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's mean of gradients."""
+    adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
+    """Decay of Adam's mean of squared gradients."""
+    adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
+    """Added to Adam's denominator."""
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 17
+    """Decides every random choice: weights from scratch, order of rows, wordings, dropout."""
+    save_steps: Steps = 0.1
+    """Steps from one checkpoint to the next; below 1 a share of all steps."""
+    eval_steps: Steps = 0.1
+    """Steps from one measurement of the held-out loss to the next; below 1 a share of all."""
+    logging_steps: Annotated[Whole, Field(ge=1)] = 1
+    """Steps from one line of progress to the next; `log.jsonl` has every step."""
+    save_total_limit: Annotated[Whole, Field(ge=1)] = 2
+    """How many checkpoints are kept, the newest."""
+    gradient_checkpointing: Flag = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    tokens_per_step: Annotated[Whole, Field(ge=1)] = 16384
+    """Tokens that one optimizer step sees, whatever the number of devices."""
+    micro_batch_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    """Tokens that one device holds at a time; chosen by itune when left out."""
+    max_length: Annotated[Whole, Field(ge=2)] = 1024
+    """Tokens of the longest example; a longer prompt is cut, an answer never."""
+    packing: Flag = True
+    """Put several examples in one row of the batch, hidden from each other."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """Which answers of a conversation are learned: every one, or the last."""
+
+
+class Evaluation(Record):
+    """How `itune eval` measures."""
+
+    metrics: tuple[Text, ...] = ()
+    """Metrics by name, or paths of your own; those of the template when left out."""
+    against: Text | None = None
+    """What to compare with: `base`, another run's folder, or a file of predictions."""
+    confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
+    """How sure the intervals are."""
+    resamples: Annotated[Whole, Field(ge=1, le=1_000_000)] = 1000
+    """Bootstrap samples behind each interval."""
+    decide: Literal["likelihood", "generate"] = "likelihood"
+    """How one of a template's choices is picked: the likeliest, or what the model writes."""
+
+
+class Tracking(Record):
+    """Where the curves go besides the run's own folder; nowhere unless asked."""
+
+    log_with: tuple[Text, ...] = ()
+    """Trackers by the names that Accelerate gives them: tensorboard, trackio, wandb, mlflow."""
+    project_name: Text = "itune"
+    """The project under which the trackers file the run."""
+
+
+class Launch(Record):
+    """How many processes train."""
+
+    num_processes: Annotated[Whole, Field(ge=1)] | None = None
+    """Processes, one a device; one when left out. `--processes` says the same."""
+
+
+class Output(Record):
+    """What is left behind."""
+
+    dir: Path = Path("runs/recipe")
+    """The run's folder; `runs/` and the recipe's name when left out. `--output` says the same."""
+    merge: Flag = False
+    """Also write the model with the adapter folded in."""
+
+    @pydantic.field_validator("dir")
+    @classmethod
+    def _can_be_a_folder(cls, value: Path) -> Path:
+        text = str(value)
+        if not text.isprintable():
+            raise ValueError(f"{errors.shown(text)} holds a control character. Delete it.")
+        if value in (Path(), Path("..")) or value == Path(value.anchor):
+            raise ValueError(f"{errors.shown(text)} is no folder for one run. Name one below it.")
+        longest = max(len(part.encode()) for part in value.parts)
+        if longest > 200 or len(text.encode()) > 1000:  # chosen: room for the files inside
+            raise ValueError(
+                f"a path of {len(text.encode())} bytes, a part of {longest}. At most 1000 and 200 "
+                "fit. Shorten it."
+            )
+        return value
+
+
+class Recipe(Record):
+    """All that decides a run."""
+
+    name: Annotated[str, Field(exclude=True)]
+    """The recipe's name, from its file; not a key."""
+    model: Model
+    """The model to start from."""
+    quantization: dict[str, Any] | None = None
+    """Load the base in fewer bits: the fields of the config named by `quant_method`."""
+    adapter: dict[str, Any] | None = None
+    """Train an adapter: the fields of the peft config named by `peft_type`."""
+    data: Data
+    """What is trained on and measured on."""
+    training: Training = Training()
+    """The loop."""
+    generation: dict[str, Any] = {}
+    """The fields of `transformers.GenerationConfig` with which answers are written."""
+    evaluation: Evaluation = Evaluation()
+    """How the result is measured."""
+    tracking: Tracking = Tracking()
+    """Where the curves go."""
+    launch: Launch = Launch()
+    """How many processes."""
+    output: Output = Output()
+    """What is left behind."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """An empty section (`training:`) has its defaults; the folder follows from the name."""
+        if not isinstance(data, dict):
+            return data
+        data = {key: value for key, value in data.items() if value is not None}
+        output = data.get("output", {})
+        if isinstance(output, dict) and "dir" not in output and "name" in data:
+            data["output"] = {**output, "dir": str(Path("runs") / str(data["name"]))}
+        return data
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path | None,
+    *,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    command: str = "tune",
+) -> Recipe:
+    """The recipe in a file, or of a bare name (here, in ./recipes, among those shipped).
+
+    overrides: `key=value` each, as `--set` has them. None with overrides: a recipe of those alone.
+    Raises RecipeError, with a line for every fault.
+    """
+    if source is None and not overrides:
+        known = errors.nearest("", records.names_in(shipped("recipes")))
+        raise errors.RecipeError(f"no recipe. Give --recipe FILE or NAME.{known}")
+    if source is None:
+        document, name = yamls.Document({}, "--set", errors.RecipeError), "recipe"
+    else:
+        path = records.find(source, "recipes", errors.RecipeError)
+        text = yamls.read_text(path, errors.RecipeError)
+        document, name = yamls.parse(text, str(path), errors.RecipeError), name_of(path)
+    for each in overrides:
+        _override(document, each)
+    if output is not None:
+        _put(document, ("output", "dir"), str(output), f"--output {errors.inert(str(output))}")
+    return _checked(document, name, command)
+
+
+def loads(text: str, where: str = "recipe.yaml", command: str = "") -> Recipe:
+    """The recipe in a text; where: the file that messages name, from which its name follows."""
+    document = yamls.parse(text, where, errors.RecipeError)
+    return _checked(document, name_of(Path(where)), command)
+
+
+def name_of(path: Path) -> str:
+    """`recipes/quickstart/tune.yaml` is quickstart-tune; `runs/imdb/recipe.yaml` is imdb."""
+    parts = path.absolute().with_suffix("").parts
+    if parts[-1] == "recipe" and len(parts) > 2:
+        return parts[-2]
+    folders = [i for i, part in enumerate(parts[:-1]) if part == "recipes"]
+    return "-".join(parts[folders[-1] + 1 :]) if folders else parts[-1]
+
+
+def shipped(kind: str) -> Path:
+    """The folder of the shipped `recipes` or `prompts`."""
+    return records.shipped(kind)
+
+
+def _override(document: yamls.Document, text: str) -> None:
+    """Apply one `key=value`; what is wrong with it joins the faults."""
+    name, sign, value = text.partition("=")
+    name = name.strip()
+    secret = SECRET_KEY.search(name.rpartition(".")[2])
+    place = f"--set {errors.masked(errors.inert(f'{name}=...' if secret else text))}"
+    if not sign or not all(name.split(".")):
+        document.faults.append(f"{place}: expected key=value, such as training.max_steps=100.")
+        return
+    try:
+        _put(document, _key(document, name), yamls.parse_value(value, place, document.kind), place)
+    except errors.UserError as error:
+        document.faults.append(str(error))
+    except ValueError as error:
+        document.faults.append(f"{place}: {error}")
+
+
+def _key(document: yamls.Document, name: str) -> yamls.Key:
+    """The key of a dotted name; raises ValueError where the document has no place for it."""
+    key: list[str | int] = []
+    here = document.data
+    parts = name.split(".")
+    while parts:
+        if isinstance(here, list):
+            index = _index(here, parts[0], yamls.dotted(tuple(key)))
+            key.append(index)
+            here = here[index]
+            del parts[: parts[0].isdigit()]  # the index of a list of one may be left out
+        elif here is None or isinstance(here, dict):
+            part = parts.pop(0)
+            if part != "0" or tuple(key) not in SOURCES:  # one mapping is a list of one
+                key.append(part)
+                here = here.get(part) if here else None
+        else:
+            raise ValueError(f"{yamls.dotted(tuple(key))} is {errors.shown(here)}, not a section.")
+    return tuple(key)
+
+
+def _index(values: list[Any], part: str, name: str) -> int:
+    if part.isdigit() and int(part) < len(values):
+        return int(part)
+    if not part.isdigit() and len(values) == 1:
+        return 0
+    example = f"{name}.0" if part.isdigit() else f"{name}.0.{part}"
+    raise ValueError(f"{name} is a list of {len(values)}. Give an index, from 0: {example}.")
+
+
+def _put(document: yamls.Document, key: yamls.Key, value: Any, place: str) -> None:
+    here = document.data
+    for part in key[:-1]:
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+    if not isinstance(here, dict | list):
+        return  # the holder's own fault will be reported
+    document.put(key, value, place)
+    if key in STOPS:  # the command line wins over the file
+        other = STOPS[1 - STOPS.index(key)]
+        if value is not None and other not in document.overrides:
+            document.data["training"].pop(other[-1], None)
+
+
+# --- checks across fields -----------------------------------------------------------------------
+
+
+def _checked(document: yamls.Document, name: str, command: str) -> Recipe:
+    if document.data.pop("name", None) is not None:
+        document.fault(
+            ("name",), "unknown key. A recipe is named by its file; the model's name is model.name."
+        )
+    _refuse_secrets(document, document.data, ())
+    _check_model(document, command)
+    _check_data(document, command)
+    _check_training(document)
+    evaluation = document.data.get("evaluation")
+    if isinstance(evaluation, dict) and isinstance(evaluation.get("metrics"), list):
+        records.metric_faults(document, ("evaluation", "metrics"), evaluation["metrics"])
+    return records.build(Recipe, document, name=name)
+
+
+def _refuse_secrets(document: yamls.Document, data: Any, key: yamls.Key) -> None:
+    """Note each secret without its value, and take it out so that nothing else quotes it."""
+    told = "secrets do not belong in a recipe. Set them in the environment (HF_TOKEN)."
+    if isinstance(data, dict):
+        for name in list(data):
+            inside = (*key, name)
+            column = bool(key) and key[-1] in ("rename", "data_files")
+            if SECRET_KEY.search(name) and not column and data[name] is not None:
+                document.fault(inside, told)
+                del data[name]
+            else:
+                _refuse_secrets(document, data[name], inside)
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            _refuse_secrets(document, value, (*key, index))
+    elif isinstance(data, str) and errors.SECRET.search(data):
+        document.fault(key, told)
+
+
+def _section(document: yamls.Document, name: str) -> dict[str, Any]:
+    """A section as written; empty where it is missing or no mapping, which is told elsewhere."""
+    section = document.data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _both(document: yamls.Document, first: yamls.Key, second: yamls.Key) -> None:
+    places = [
+        document.overrides.get(key) or f"line {document.line(key)}" for key in (first, second)
+    ]
+    document.fault(
+        second,
+        f"given ({places[1]}) together with {yamls.dotted(first)} ({places[0]}). Keep one.",
+    )
+
+
+def _check_model(document: yamls.Document, command: str) -> None:
+    model = _section(document, "model")
+    given = [key for key in ("name", "from_scratch") if model.get(key) is not None]
+    if len(given) == 2:
+        _both(document, ("model", "name"), ("model", "from_scratch"))
+    elif not given and isinstance(document.data.get("model"), dict):
+        document.fault(("model",), "neither name nor from_scratch is given. Give one.")
+    adapter = document.data.get("adapter")
+    if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
+        document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
+    if adapter is None and _section(document, "quantization") and command in TRAINING_COMMANDS:
+        document.fault(
+            ("quantization",), "quantized weights cannot be trained. Add an adapter section."
+        )
+
+
+def _check_data(document: yamls.Document, command: str) -> None:
+    data = _section(document, "data")
+    if "train" in data and not data["train"]:
+        document.fault(("data", "train"), "expected at least one source, found none. Add one.")
+    for side in ("train", "eval"):
+        sources = data.get(side)
+        for index, source in enumerate(sources if isinstance(sources, list) else [sources]):
+            if isinstance(source, dict):
+                key = ("data", side, index) if isinstance(sources, list) else ("data", side)
+                _check_template(document, key, source.get("template"), command)
+
+
+def _check_template(document: yamls.Document, key: yamls.Key, name: Any, command: str) -> None:
+    if name is None and command == "tune":
+        known = ", ".join(sorted(records.names_in(shipped("prompts"))))
+        document.fault(
+            key,
+            "no template, so nothing says what is prompt and what is answer. Add template: NAME"
+            + (f", one of {known}." if known else "."),
+        )
+    if isinstance(name, str) and name and command in TRAINING_COMMANDS:
+        try:
+            records.find(name, "prompts", errors.TemplateError)
+        except errors.TemplateError as error:
+            document.fault((*key, "template"), str(error))
+
+
+def _check_training(document: yamls.Document) -> None:
+    training = _section(document, "training")
+    steps, epochs = (training.get(key[-1]) for key in STOPS)
+    if epochs is not None and isinstance(steps, int) and steps > 0:
+        _both(document, *STOPS)
+    tokens = training.get("tokens_per_step", Training().tokens_per_step)
+    micro = training.get("micro_batch_tokens")
+    if isinstance(micro, int) and isinstance(tokens, int) and micro > tokens:
+        document.fault(
+            ("training", "micro_batch_tokens"),
+            f"{micro} is more than tokens_per_step, {tokens}. Lower it or leave it out.",
+        )
+
+
+# --- writing and comparing ----------------------------------------------------------------------
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data with every default written out."""
+    return recipe.model_dump(mode="json", exclude={"name"})
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out; `loads` gives the same recipe back."""
+    data = resolved(recipe)
+    if recipe.training.max_steps > 0:
+        del data["training"]["num_train_epochs"]  # has no say, and both together are refused
+    return yamls.dump(data)
+
+
+def decides(key: str) -> bool:
+    """Whether a dotted key may change what comes out of a run."""
+    return not any(key == each or key.startswith(f"{each}.") for each in UNDECIDING)
+
+
+def digest(recipe: Recipe) -> str:
+    """The sha256 of all that decides the result, whatever the order of keys."""
+    deciding = [item for item in sorted(_flat(resolved(recipe))) if decides(item[0])]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def diff(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """The dotted keys which differ, with both values; None where one has no such key."""
+    before, after = dict(_flat(resolved(old))), dict(_flat(resolved(new)))
+    return [
+        (key, before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _flat(data: Any, key: yamls.Key = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; a list of plain values is one value."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            yield from _flat(value, (*key, name))
+    elif isinstance(data, list) and any(isinstance(value, dict) for value in data):
+        for index, value in enumerate(data):
+            yield from _flat(value, (*key, index))
+    else:
+        yield yamls.dotted(key), data
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema from which editors complete and check a recipe."""
+    made = Recipe.model_json_schema()
+    del made["properties"]["name"]
+    made["required"].remove("name")
+    for side in ("train", "eval"):  # one mapping stands for a list of one
+        many = made["$defs"]["Data"]["properties"][side]
+        one = {key: many.pop(key) for key in ("items", "type")}
+        many["anyOf"] = [one["items"], one]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "Recipe"}

@@ -1,0 +1,306 @@
+"""Strict frozen records, and what a user reads when a document does not fit one."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import annotated_types
+import pydantic
+from pydantic.fields import FieldInfo
+
+from itune import errors, yamls
+
+# YAML tells text from numbers, so pydantic need not guess: `max_steps: "5"` is a fault.
+Text = Annotated[str, pydantic.Field(min_length=1)]
+Whole = Annotated[int, pydantic.Strict()]
+Number = Annotated[float, pydantic.Strict()]
+Flag = Annotated[bool, pydantic.Strict()]
+
+T = TypeVar("T", bound="Record")
+
+
+class Record(pydantic.BaseModel):
+    """A section of a file: frozen, unknown keys refused, each field told by its docstring."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def build(record: type[T], document: yamls.Document, **given: Any) -> T:
+    """The record that a document describes; raises all faults of the document at once.
+
+    given: fields which do not stand in the document, such as a name.
+    """
+    _refuse_non_finite(document)
+    made: T | None = None
+    try:
+        made = record.model_validate({**document.data, **given})
+    except pydantic.ValidationError as error:
+        for each in error.errors(include_url=False):
+            _note(record, document, each)
+    document.refuse()
+    assert made is not None
+    return made
+
+
+def _refuse_non_finite(document: yamls.Document) -> None:
+    for key, value in leaves(document.data):
+        if isinstance(value, float) and not math.isfinite(value):
+            document.fault(key, f"expected a finite number, found {errors.shown(value)}.")
+
+
+def leaves(data: Any, key: yamls.Key = ()) -> Iterable[tuple[yamls.Key, Any]]:
+    """Every value that holds no other, with its key; an empty list or mapping is one too."""
+    children: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(data, dict):
+        children = data.items()
+    elif isinstance(data, list | tuple):
+        children = enumerate(data)
+    held = [leaf for name, child in children for leaf in leaves(child, (*key, name))]
+    return held or [(key, data)]
+
+
+# --- pydantic's errors, in our words ------------------------------------------------------------
+
+
+def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
+    location = tuple(
+        part for part in error["loc"] if not (isinstance(part, str) and part.startswith("<"))
+    )
+    key = _written(document.data, location)
+    if error["type"] == "finite_number":
+        return  # noted already, for free-form sections too
+    owner, info = _field(record, location)
+    if error["type"] == "extra_forbidden":
+        known = () if owner is None else owner.model_fields
+        what = f"unknown key.{errors.nearest(str(key[-1]), known)}"
+    elif error["type"] == "missing":
+        about = f" Add it: {_first_sentence(info)}." if info is not None else " Add it."
+        what = f"is missing.{about}"
+    elif error["type"] == "value_error":
+        what = str(error["ctx"]["error"])
+    else:
+        what = _expected(error, info)
+    document.fault(key, what)
+
+
+def _written(data: Any, location: tuple[str | int, ...]) -> yamls.Key:
+    """A location in the record as a key of the document, where a list of one may be left out."""
+    key: list[str | int] = []
+    for part in location:
+        if isinstance(data, dict) and part == 0:
+            continue
+        key.append(part)
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            data = None
+    return tuple(key)
+
+
+def _field(
+    record: type[Record], location: tuple[str | int, ...]
+) -> tuple[type[Record] | None, FieldInfo | None]:
+    """The record that owns the last part of a location, and the field's description."""
+    owner: type[Record] | None = record
+    info: FieldInfo | None = None
+    for part in location:
+        if isinstance(part, int):  # the item of a list: still the same field
+            continue
+        if info is not None:
+            owner = record_in(info.annotation)
+        info = None if owner is None else owner.model_fields.get(part)
+        if info is None:
+            break
+    return owner, info
+
+
+def record_in(annotation: Any) -> type[Record] | None:
+    """The record inside an annotation such as `tuple[Source, ...]` or `Model | None`."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return annotation if issubclass(annotation, Record) else None
+    return next(filter(None, map(record_in, get_args(annotation))), None)
+
+
+def _first_sentence(info: FieldInfo) -> str:
+    text = " ".join((info.description or "").split())
+    return re.split(r"[.;](?:\s|$)", text)[0]
+
+
+KINDS = {
+    "string": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple": "a list",
+    "list": "a list",
+    "path": "a path",
+}
+
+
+def _expected(error: Any, info: FieldInfo | None) -> str:
+    value, kind = error["input"], error["type"]
+    advice = ""
+    if kind == "literal_error":
+        names = _choices(info)
+        hint = errors.nearest(value, names) if isinstance(value, str) else ""
+        expected = f"one of {', '.join(names)}"
+        advice = hint if "Did you mean" in hint else ""
+    elif kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
+        expected = "a mapping of keys"
+    elif kind == "string_too_short":
+        expected, advice = "text that is not empty", " Give a value or leave the key out."
+    else:
+        name = _kind_of(kind, info)
+        expected = f"{KINDS.get(name, name)}{_bounds(info)}"
+        advice = _quotes(name, value)
+    if value is None:
+        advice = " Give a value or leave the key out."
+    return f"expected {expected}, found {errors.shown(value)}.{advice}"
+
+
+def _kind_of(kind: str, info: FieldInfo | None) -> str:
+    if kind.startswith(("greater_than", "less_than")):
+        return (
+            "int"
+            if info is not None and int in (info.annotation, *get_args(info.annotation))
+            else "float"
+        )
+    return kind.split("_")[0]
+
+
+def _quotes(name: str, value: Any) -> str:
+    """The commonest cure: quotes around a number that is meant as text, none around a number."""
+    if name == "string" and isinstance(value, bool | int | float):
+        return " Put it in quotes."
+    if isinstance(value, str) and value.strip():
+        plain = yamls.resolve(value.strip()) if len(value) < errors.LONGEST_VALUE else value
+        number = isinstance(plain, int | float) and not isinstance(plain, bool)
+        if (name in ("int", "float") and number) or (name == "bool" and isinstance(plain, bool)):
+            return " Take the quotes off."
+        if name in ("tuple", "list"):
+            return f" Write [{errors.inert(value)[:40]}]."
+    return ""
+
+
+def _choices(info: FieldInfo | None) -> list[str]:
+    def inside(annotation: Any) -> list[str]:
+        parts = get_args(annotation)
+        names = [part for part in parts if isinstance(part, str)]
+        return names or [name for part in parts for name in inside(part)]
+
+    return inside(info.annotation) if info is not None else []
+
+
+def _bounds(info: FieldInfo | None) -> str:
+    """` > 0 and <= 1`, from the field's own limits."""
+    signs = (
+        (annotated_types.Gt, "gt", ">"),
+        (annotated_types.Ge, "ge", ">="),
+        (annotated_types.Lt, "lt", "<"),
+        (annotated_types.Le, "le", "<="),
+    )
+    found = [
+        f"{sign} {getattr(limit, name)}"
+        for limit in (info.metadata if info is not None else ())
+        for kind, name, sign in signs
+        if isinstance(limit, kind)
+    ]
+    return f" {' and '.join(found)}" if found else ""
+
+
+# --- files shipped with itune, and names in them ------------------------------------------------
+
+
+def shipped(kind: str) -> Path:
+    """The folder of the shipped `recipes` or `prompts`: in the wheel, or in a checkout."""
+    inside = Path(__file__).parent / kind
+    return inside if inside.is_dir() else Path(__file__).parents[2] / kind
+
+
+def find(name: str | Path, kind: str, error: type[errors.UserError]) -> Path:
+    """The file meant by a path as typed or by a bare name: here, in ./KIND, then among the shipped.
+
+    A name may be nested by slashes or dashes (`quickstart/pretrain`, `quickstart-pretrain`). Raises
+    `error` with the nearest names.
+    """
+    typed = str(name)
+    if "\0" in typed or not typed.strip():
+        raise error(f"{errors.shown(typed)}: not the name of a file.")
+    path = Path(typed).expanduser()
+    singular = kind.removesuffix("s")
+    if path.is_dir():
+        inside = sorted(names_in(path))
+        hint = f" It holds {', '.join(inside[:20])}." if inside else ""
+        raise error(f"{typed}: a folder, not a {singular}.{hint}")
+    if path.exists():
+        return path
+    for folder in (Path(), Path(kind), shipped(kind)):
+        found = _named(folder, path, deep=folder != Path())
+        if found is not None:
+            return found
+    raise error(f"{errors.inert(typed)}: no such {singular}.{_near(path, kind)}")
+
+
+def names_in(folder: Path) -> dict[str, Path]:
+    """Every YAML file below a folder by its name: `quickstart/pretrain`."""
+    files = sorted(folder.rglob("*.y*ml")) if folder.is_dir() else []
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in files
+        if file.suffix in (".yaml", ".yml") and file.is_file()
+    }
+
+
+def _named(folder: Path, path: Path, *, deep: bool) -> Path | None:
+    if path.is_absolute():
+        return None
+    for suffix in (".yaml", ".yml"):
+        candidate = folder / f"{path}{suffix}"
+        if candidate.is_file():
+            return candidate
+    if not deep:  # the working folder may hold anything: it is not searched through
+        return None
+    stem = path.with_suffix("") if path.suffix in (".yaml", ".yml") else path
+    if stem.parts[:1] == (folder.name,):  # recipes/x.yaml, typed where no such folder is
+        stem = stem.relative_to(folder.name)
+    dashed = stem.as_posix().replace("/", "-")
+    known = names_in(folder)
+    return next((known[each] for each in known if each.replace("/", "-") == dashed), None)
+
+
+def _near(path: Path, kind: str) -> str:
+    """Names like the one typed: in its own folder if it names one, else among the known."""
+    holder = path.parent
+    if holder != Path() and holder.is_dir():
+        beside = {str(holder / file.name) for file in holder.iterdir() if file.is_file()}
+        hint = errors.nearest(str(path), beside)
+        if "Did you mean" in hint:
+            return hint
+    known = {*names_in(Path(kind)), *names_in(shipped(kind))}
+    here = {file.stem for file in Path().glob("*.yaml")}
+    hint = errors.nearest(str(path.with_suffix("")), known | here)
+    return hint if "Did you mean" in hint else errors.nearest(path.stem, known)
+
+
+def metric_faults(document: yamls.Document, key: yamls.Key, names: Iterable[Any]) -> None:
+    """Note the metrics that nobody ships; a path is the user's own metric.
+
+    Looked up late and by name: metrics stand below this file, and a recipe without any needs none.
+    """
+    wanted = [name for name in names if isinstance(name, str) and "/" not in name]
+    try:
+        known = importlib.import_module("itune.metrics").names() if wanted else ()
+    except (ImportError, AttributeError):
+        return
+    for index, name in enumerate(wanted):
+        if name not in known and not name.endswith(".py"):
+            document.fault(
+                (*key, index), f"unknown metric {errors.shown(name)}.{errors.nearest(name, known)}"
+            )

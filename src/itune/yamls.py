@@ -76,10 +76,11 @@ class Document:
                 return f"{self.where}:{self.lines[key[:end]]}"
         return f"{self.where}:1"
 
-    def fault(self, key: Key, what: str) -> None:
-        """Add one line to the faults."""
+    def fault(self, key: Key, what: str, *, below: int = 0) -> None:
+        """Add one line to the faults; below: so many lines under the place of the key."""
+        place = f"{self.where}:{self.line(key) + below}" if below else self.place(key)
         name = f"{dotted(key)}: " if key else ""
-        self.faults.append(errors.masked(f"{self.place(key)}: {name}{what}"))
+        self.faults.append(errors.masked(f"{place}: {name}{what}"))
 
     def refuse(self) -> None:
         """Raise all the faults at once, in the order of the file."""

@@ -1,0 +1,386 @@
+"""The prompt template: what a row becomes; its wordings, choices, sandbox and limits.
+
+Jinja is the only code that a user's file may hold, so it runs strict (a missing column is an
+error, never an empty text), sandboxed, without loading other files, and may not write more than
+1 MB a row. It has no limit of time.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+import jinja2.sandbox
+import pydantic
+
+from itune import errors, records, yamls
+from itune.records import Text
+
+Task = Literal["classification", "qa", "translation", "summarization", "generation", "chat"]
+
+LARGEST_TEXT = 1_000_000  # characters that one prompt or answer may have
+LOADERS = {
+    jinja2.nodes.Extends: "extends",
+    jinja2.nodes.Include: "include",
+    jinja2.nodes.Import: "import",
+    jinja2.nodes.FromImport: "import",
+}
+# Random, or able to make a text of any length out of a few characters.
+NO_FILTERS = (
+    "random",
+    "batch",
+    "slice",
+    "center",
+    "format",
+    "indent",
+    "pprint",
+    "urlize",
+    "wordwrap",
+    "xmlattr",
+)
+NO_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map")
+
+
+class _Refusal(Exception):
+    """What a template asked for and does not get; its text is the middle of a message."""
+
+
+class _Choices(tuple[str, ...]):
+    """The choices, which a label may not count from the end: -1 is no label."""
+
+    def __getitem__(self, label: Any) -> Any:
+        if isinstance(label, int) and not 0 <= label < len(self):
+            raise _Refusal(
+                f"label {label} is out of range: {len(self)} choices are labelled 0 to {len(self) - 1}"
+            )
+        if not isinstance(label, int | slice):
+            raise _Refusal(f"label {errors.shown(label)} is not a whole number")
+        return super().__getitem__(label)
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, where what is missing, empty or no text is refused."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def __init__(self) -> None:
+        # Prompts are plain text for a tokenizer: escaping for HTML would change them.
+        super().__init__(
+            autoescape=False,
+            undefined=jinja2.StrictUndefined,
+            keep_trailing_newline=True,
+            finalize=_printable,
+        )
+        self.globals = {"range": self.globals["range"]}
+        for name in NO_FILTERS:
+            del self.filters[name]
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if isinstance(obj, str) and attr in NO_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """`answers.items` is the field called items where there is one, not the dict's method."""
+        if isinstance(obj, Mapping) and attribute in obj:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        numbers = all(isinstance(each, int | float) for each in (left, right))
+        if not numbers or operator == "**":
+            raise _Refusal(f"the operator {operator} is for numbers, and ** is not available")
+        return super().call_binop(context, operator, left, right)
+
+
+def _printable(value: Any) -> Any:
+    """What `{{ }}` may print: Python's words for nothing or for a list are in no one's data."""
+    if value is None:
+        raise _Refusal("an expression is empty (null)")
+    if callable(value) and not isinstance(value, jinja2.Undefined):
+        raise _Refusal("an expression is a function. Add its brackets")
+    if isinstance(value, dict | list | tuple | set | bytes):
+        raise _Refusal(f"an expression is {errors.shown(value)}, not text. Take one, or | join")
+    return value
+
+
+@functools.lru_cache(maxsize=1)
+def _environment() -> _Environment:
+    return _Environment()
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@functools.lru_cache(maxsize=256)
+def _expression(source: str) -> Any:
+    return _environment().compile_expression(source, undefined_to_none=False)
+
+
+class Template(records.Record):
+    """How a row of data becomes a prompt and its answer."""
+
+    name: Annotated[str, pydantic.Field(exclude=True)]
+    """The template's name, from its file; not a key."""
+    task: Task
+    """What is asked of the model; decides how answers are found and measured."""
+    choices: tuple[Text, ...] = ()
+    """What may be answered, in the order of the labels; for classification."""
+    system: Text | None = None
+    """A message before every prompt, the same for all rows."""
+    prompts: tuple[Text, ...] = ()
+    """One or more wordings, in Jinja over the row's columns and `choices`."""
+    response: Text | None = None
+    """The answer to learn, in Jinja."""
+    references: Text | None = None
+    """Every answer that counts as right: a Jinja expression that gives a list of texts."""
+    metrics: tuple[Text, ...] = ()
+    """What `itune eval` reports when the recipe names no metrics."""
+
+    _places: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
+
+    def prompt(self, row: Mapping[str, Any], wording: int) -> str:
+        """The prompt in one of the wordings; raises DataError where the row does not fit."""
+        if not self.prompts:
+            raise errors.TemplateError(
+                f"{self.name}: a chat has no prompts; its messages are used."
+            )
+        return self._render(self.prompts[wording], f"prompts.{wording}", row)
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """The answer that is learned; raises DataError where the row does not fit."""
+        if self.response is None:
+            raise errors.TemplateError(
+                f"{self.name}: a chat has no response; its messages are used."
+            )
+        text = self._render(self.response, "response", row)
+        if self.task == "classification" and text not in self.choices:
+            self._refuse(
+                "response",
+                f"{errors.shown(text)} is none of {', '.join(self.choices)}. Use choices",
+            )
+        return text
+
+    def gold(self, row: Mapping[str, Any]) -> list[str]:
+        """Every answer that counts as right: the references, else the one answer."""
+        if self.references is None:
+            return [self.answer(row)]
+        try:
+            found = _expression(self.references)(self._variables(row))
+            if isinstance(found, jinja2.Undefined):
+                found._fail_with_undefined_error()
+        except (jinja2.TemplateError, _Refusal, *PYTHON_FAULTS) as error:
+            self._fail("references", row, error)
+        if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
+            self._refuse("references", f"expected a list of texts, found {errors.shown(found)}")
+        if not found:
+            self._refuse("references", "expected at least one text, found an empty list")
+        return list(found)
+
+    def columns(self) -> set[str]:
+        """The columns that prompts, response and references read."""
+        sources = [*self.prompts, self.response or "", _printed(self.references)]
+        return {name for source in sources for name in _names(source)} - self._own()
+
+    def _own(self) -> set[str]:
+        return {"choices"} if self.choices else set()
+
+    def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {**row, **({"choices": _Choices(self.choices)} if self.choices else {})}
+
+    def _render(self, source: str, key: str, row: Mapping[str, Any]) -> str:
+        parts: list[str] = []
+        length = 0
+        try:
+            for part in _compiled(source).generate(self._variables(row)):
+                length += len(part)
+                if length > LARGEST_TEXT:
+                    raise _Refusal(f"the text is longer than {LARGEST_TEXT} characters")
+                parts.append(part)
+        except (jinja2.TemplateError, _Refusal, *PYTHON_FAULTS) as error:
+            self._fail(key, row, error)
+        text = "".join(parts)
+        if not text.strip():
+            self._refuse(key, f"the text is empty. The row has {_has(row)}")
+        return text
+
+    def _fail(self, key: str, row: Mapping[str, Any], error: Exception) -> NoReturn:
+        wanted = _names(self._source(key)) - self._own()
+        missing = sorted(wanted - set(row))
+        empty = sorted(name for name in wanted if name in row and row[name] is None)
+        if isinstance(error, jinja2.UndefinedError) and missing:
+            hint = errors.nearest(missing[0], row)
+            what = f"the row has no column {missing[0]!r}.{hint if 'Did' in hint else ''}"
+            self._refuse(key, f"{what} It has {_has(row)}", error)
+        if isinstance(error, _Refusal) and empty:
+            self._refuse(key, f"column {empty[0]!r} is empty (null) in this row", error)
+        self._refuse(key, f"{errors.inert(str(error)).rstrip('.')}", error)
+
+    def _source(self, key: str) -> str:
+        if key == "references":
+            return _printed(self.references)
+        return self.response or "" if key == "response" else self.prompts[int(key.split(".")[1])]
+
+    def _refuse(self, key: str, what: str, cause: Exception | None = None) -> NoReturn:
+        place = self._places.get(key, self.name)
+        raise errors.DataError(errors.masked(f"{place}: {key}: {what}.")) from cause
+
+
+# What an expression over any data may raise: 'a' + 1, row.x[{}], 1 / 0, a macro that calls itself.
+PYTHON_FAULTS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
+# What Python's compiler and Jinja's parser raise for a hundred nested brackets or loops.
+COMPILER_FAULTS = (RecursionError, SyntaxError, MemoryError, ValueError, OverflowError)
+
+
+def _has(row: Mapping[str, Any]) -> str:
+    return ", ".join(errors.inert(str(name)) for name in sorted(row)[:20]) or "no columns"
+
+
+def _printed(expression: str | None) -> str:
+    return f"{{{{ ({expression}) }}}}" if expression is not None else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(source: str) -> frozenset[str]:
+    """The variables that a template text reads from the row."""
+    found = jinja2.meta.find_undeclared_variables(_environment().parse(source))
+    return frozenset(found) - set(_environment().globals)
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def load(name_or_path: str | Path) -> Template:
+    """The template of a path, or of a bare name: here, in ./prompts, then among those shipped.
+
+    Raises TemplateError, with a line for every fault.
+    """
+    path = records.find(name_or_path, "prompts", errors.TemplateError)
+    return loads(yamls.read_text(path, errors.TemplateError), str(path))
+
+
+def loads(text: str, where: str = "template.yaml") -> Template:
+    """The template in a text; where: the file that messages name, whose stem is its name."""
+    document = yamls.parse(text, where, errors.TemplateError)
+    if document.data.pop("name", None) is not None:
+        document.fault(("name",), "unknown key. A template is named by its file.")
+    _check_task(document)
+    _check_jinja(document)
+    records.metric_faults(document, ("metrics",), _listed(document, "metrics"))
+    template = records.build(Template, document, name=Path(where).stem)
+    for key in ("response", "references", "task"):
+        template._places[key] = document.place((key,))
+    for index in range(len(template.prompts)):
+        template._places[f"prompts.{index}"] = document.place(("prompts", index))
+    return template
+
+
+def _listed(document: yamls.Document, key: str) -> Sequence[Any]:
+    value = document.data.get(key)
+    return value if isinstance(value, list) else ()
+
+
+def _check_task(document: yamls.Document) -> None:
+    """Which keys a task needs and which have no meaning for it."""
+    task = document.data.get("task")
+    if task == "chat":
+        for key in ("prompts", "response", "references", "choices"):
+            if document.data.get(key):
+                document.fault((key,), "a chat passes its messages on as they are. Delete it.")
+    elif isinstance(task, str):
+        for key in ("prompts", "response"):
+            if not document.data.get(key):
+                document.fault((key,), "is missing. Add it, or use task: chat for conversations.")
+    choices = _listed(document, "choices")
+    if task == "classification" and not choices:
+        document.fault(("choices",), "is missing. List what may be answered, in label order.")
+    twice = sorted({str(each) for each in choices if choices.count(each) > 1})
+    if twice:
+        document.fault(("choices",), f"{errors.shown(twice[0])} is given twice. Keep one.")
+
+
+def _check_jinja(document: yamls.Document) -> None:
+    for index, source in enumerate(_listed(document, "prompts")):
+        _check_source(document, ("prompts", index), source)
+    _check_source(document, ("response",), document.data.get("response"))
+    references = document.data.get("references")
+    if isinstance(references, str) and "{{" in references:
+        document.fault(
+            ("references",), "expected an expression such as answers.text. Leave out {{ and }}."
+        )
+    elif isinstance(references, str):
+        _check_source(document, ("references",), _printed(references))
+    system = document.data.get("system")
+    if isinstance(system, str) and ("{{" in system or "{%" in system):
+        document.fault(("system",), "is the same for all rows. Move {{ }} and {% %} to prompts.")
+
+
+def _check_source(document: yamls.Document, key: yamls.Key, source: Any) -> None:
+    """Note what can be seen of a Jinja text without a row: syntax, files, private attributes."""
+    if not isinstance(source, str):
+        return
+    try:
+        tree = _environment().parse(source)
+        _environment().compile(tree)
+    except jinja2.TemplateSyntaxError as error:
+        _note(document, key, error.lineno, f"{str(error.message).rstrip('.')}. Mend the Jinja.")
+        return
+    except COMPILER_FAULTS:
+        _note(document, key, 1, "nested too deeply for Jinja. Flatten it.")
+        return
+    for node in tree.find_all(tuple(LOADERS)):
+        word = LOADERS[type(node)]
+        _note(document, key, node.lineno, f"{word} is not available: a template reads no file.")
+    for name, line in _attributes(tree):
+        if name.startswith("_"):
+            _note(document, key, line, f"{name} is not allowed in a template. Delete it.")
+
+
+def _attributes(tree: jinja2.nodes.Template) -> Iterator[tuple[str, int]]:
+    """What is read off a value, by a dot or by text in brackets, with its line in the text."""
+    for dot in tree.find_all(jinja2.nodes.Getattr):
+        yield dot.attr, dot.lineno
+    for item in tree.find_all(jinja2.nodes.Getitem):
+        if isinstance(item.arg, jinja2.nodes.Const) and isinstance(item.arg.value, str):
+            yield item.arg.value, item.lineno
+
+
+def _note(document: yamls.Document, key: yamls.Key, line: int, what: str) -> None:
+    """Note a fault of a Jinja text; only in a block scalar (|) do its lines stand in the file."""
+    document.fault(key, what, below=line if key in document.literals else 0)
+
+
+# --- wordings -----------------------------------------------------------------------------------
+
+
+def wording_of(n_prompts: int, seed: int, epoch: int, row_index: int) -> int:
+    """Which wording a row has in an epoch: a pure function, whatever the process or the order.
+
+    Each n consecutive rows have each of the n wordings once, in an order drawn anew for every n,
+    and in n epochs every row has each wording once.
+    """
+    if n_prompts <= 1:
+        return 0
+    block, member = divmod(row_index, n_prompts)
+    order = sorted(range(n_prompts), key=lambda wording: _draw(seed, block, wording))
+    return (order[member] + epoch) % n_prompts
+
+
+def _draw(*numbers: int) -> bytes:
+    text = ",".join(map(str, numbers)).encode()
+    return hashlib.blake2b(text, digest_size=8).digest()

@@ -20,6 +20,7 @@ ORDER = (
     "errors",
     "yamls",
     "records",
+    "checks",
     "recipes",
     "templates",
     "formats",

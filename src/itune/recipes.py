@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,15 +11,8 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from itune import errors, records, yamls
+from itune import checks, errors, records, yamls
 from itune.records import Flag, Number, Record, Text, Whole
-
-TRAINING_COMMANDS = ("pretrain", "tune")
-SOURCES = (("data", "train"), ("data", "eval"))
-STOPS: tuple[yamls.Key, yamls.Key] = (
-    ("training", "max_steps"),
-    ("training", "num_train_epochs"),
-)
 
 # Keys that say where a run goes and how it is watched, not what comes out of it.
 UNDECIDING = (
@@ -30,13 +22,6 @@ UNDECIDING = (
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
-)
-
-# Names of keys whose values are secrets. `use_cls_token`, `eos_token` and `tokens_per_step` are not.
-SECRET_KEY = re.compile(
-    r"(^|_)(api_?key|access_key|private_key|secret_key|secret|password|passwd|passphrase|credentials?)$"
-    r"|^((hub|hf|access|auth|use_auth|api|bearer|refresh|wandb|github|gitlab)_)?token$",
-    re.IGNORECASE,
 )
 
 
@@ -118,7 +103,7 @@ class Source(Record):
     """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
     """Take the first rows only, this many."""
-    rename: dict[str, Text] = {}
+    rename: dict[str, Text] = Field(default_factory=dict)
     """New names for columns, `old: new`, before the template sees them."""
     field: Text | None = None
     """The key of a JSON file under which its rows are."""
@@ -141,14 +126,29 @@ class Data(Record):
     """The held-out rows to measure on; each source is reported under its template's name."""
 
 
+# Those of transformers.SchedulerType that follow from the number of steps alone.
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+
+
 class Training(Record):
     """The loop, under the names of `transformers.TrainingArguments` where it has them."""
 
     learning_rate: Annotated[Number, Field(gt=0, le=10)] = 2e-4
     """The highest learning rate of the schedule."""
-    lr_scheduler_type: Text = "cosine"
+    lr_scheduler_type: Schedule = "cosine"
     """How the learning rate changes over the steps, as transformers names its schedules."""
-    lr_scheduler_kwargs: dict[str, Any] = {}
+    lr_scheduler_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the schedule, such as `min_lr_rate`."""
     warmup_steps: Annotated[Number, Field(ge=0), pydantic.AfterValidator(_share_or_count)] = 0.03
     """Steps over which the learning rate rises from 0; below 1 a share of all steps."""
@@ -160,8 +160,12 @@ class Training(Record):
     """How often all the training rows are seen; not together with `max_steps`."""
     max_steps: Annotated[Whole, Field(ge=-1)] = -1
     """Stop after this many optimizer steps; -1 counts epochs instead."""
-    optim: Text = "adamw_torch_fused"
-    """The optimizer, as transformers names it."""
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "muon"] = (
+        "adamw_torch_fused"
+    )
+    """The optimizer, as transformers names it, or muon (on matrices; AdamW on the rest)."""
+    muon_learning_rate: Annotated[Number, Field(gt=0, le=10)] = 0.02
+    """The highest learning rate of the matrices under muon; the rest has `learning_rate`."""
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Decay of Adam's mean of gradients."""
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
@@ -180,7 +184,7 @@ class Training(Record):
     """How many checkpoints are kept, the newest."""
     gradient_checkpointing: Flag = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
-    tokens_per_step: Annotated[Whole, Field(ge=1)] = 16384
+    tokens_per_step: Annotated[Whole, Field(ge=1)] = checks.TOKENS_PER_STEP
     """Tokens that one optimizer step sees, whatever the number of devices."""
     micro_batch_tokens: Annotated[Whole, Field(ge=1)] | None = None
     """Tokens that one device holds at a time; chosen by itune when left out."""
@@ -263,7 +267,7 @@ class Recipe(Record):
     """What is trained on and measured on."""
     training: Training = Training()
     """The loop."""
-    generation: dict[str, Any] = {}
+    generation: dict[str, Any] = Field(default_factory=dict)
     """The fields of `transformers.GenerationConfig` with which answers are written."""
     evaluation: Evaluation = Evaluation()
     """How the result is measured."""
@@ -276,7 +280,7 @@ class Recipe(Record):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _fill(cls, data: Any) -> Any:
+    def _fill_in(cls, data: Any) -> Any:
         """An empty section (`training:`) has its defaults; the folder follows from the name."""
         if not isinstance(data, dict):
             return data
@@ -312,9 +316,9 @@ def load(
         text = yamls.read_text(path, errors.RecipeError)
         document, name = yamls.parse(text, str(path), errors.RecipeError), name_of(path)
     for each in overrides:
-        _override(document, each)
+        checks.override(document, each)
     if output is not None:
-        _put(document, ("output", "dir"), str(output), f"--output {errors.inert(str(output))}")
+        checks.put(document, ("output", "dir"), str(output), f"--output {output}")
     return _checked(document, name, command)
 
 
@@ -322,6 +326,11 @@ def loads(text: str, where: str = "recipe.yaml", command: str = "") -> Recipe:
     """The recipe in a text; where: the file that messages name, from which its name follows."""
     document = yamls.parse(text, where, errors.RecipeError)
     return _checked(document, name_of(Path(where)), command)
+
+
+def _checked(document: yamls.Document, name: str, command: str) -> Recipe:
+    checks.check(document, command)
+    return records.build(Recipe, document, name=name)
 
 
 def name_of(path: Path) -> str:
@@ -336,178 +345,6 @@ def name_of(path: Path) -> str:
 def shipped(kind: str) -> Path:
     """The folder of the shipped `recipes` or `prompts`."""
     return records.shipped(kind)
-
-
-def _override(document: yamls.Document, text: str) -> None:
-    """Apply one `key=value`; what is wrong with it joins the faults."""
-    name, sign, value = text.partition("=")
-    name = name.strip()
-    secret = SECRET_KEY.search(name.rpartition(".")[2])
-    place = f"--set {errors.masked(errors.inert(f'{name}=...' if secret else text))}"
-    if not sign or not all(name.split(".")):
-        document.faults.append(f"{place}: expected key=value, such as training.max_steps=100.")
-        return
-    try:
-        _put(document, _key(document, name), yamls.parse_value(value, place, document.kind), place)
-    except errors.UserError as error:
-        document.faults.append(str(error))
-    except ValueError as error:
-        document.faults.append(f"{place}: {error}")
-
-
-def _key(document: yamls.Document, name: str) -> yamls.Key:
-    """The key of a dotted name; raises ValueError where the document has no place for it."""
-    key: list[str | int] = []
-    here = document.data
-    parts = name.split(".")
-    while parts:
-        if isinstance(here, list):
-            index = _index(here, parts[0], yamls.dotted(tuple(key)))
-            key.append(index)
-            here = here[index]
-            del parts[: parts[0].isdigit()]  # the index of a list of one may be left out
-        elif here is None or isinstance(here, dict):
-            part = parts.pop(0)
-            if part != "0" or tuple(key) not in SOURCES:  # one mapping is a list of one
-                key.append(part)
-                here = here.get(part) if here else None
-        else:
-            raise ValueError(f"{yamls.dotted(tuple(key))} is {errors.shown(here)}, not a section.")
-    return tuple(key)
-
-
-def _index(values: list[Any], part: str, name: str) -> int:
-    if part.isdigit() and int(part) < len(values):
-        return int(part)
-    if not part.isdigit() and len(values) == 1:
-        return 0
-    example = f"{name}.0" if part.isdigit() else f"{name}.0.{part}"
-    raise ValueError(f"{name} is a list of {len(values)}. Give an index, from 0: {example}.")
-
-
-def _put(document: yamls.Document, key: yamls.Key, value: Any, place: str) -> None:
-    here = document.data
-    for part in key[:-1]:
-        if isinstance(here, dict) and here.get(part) is None:
-            here[part] = {}
-        here = here[part]
-    if not isinstance(here, dict | list):
-        return  # the holder's own fault will be reported
-    document.put(key, value, place)
-    if key in STOPS:  # the command line wins over the file
-        other = STOPS[1 - STOPS.index(key)]
-        if value is not None and other not in document.overrides:
-            document.data["training"].pop(other[-1], None)
-
-
-# --- checks across fields -----------------------------------------------------------------------
-
-
-def _checked(document: yamls.Document, name: str, command: str) -> Recipe:
-    if document.data.pop("name", None) is not None:
-        document.fault(
-            ("name",), "unknown key. A recipe is named by its file; the model's name is model.name."
-        )
-    _refuse_secrets(document, document.data, ())
-    _check_model(document, command)
-    _check_data(document, command)
-    _check_training(document)
-    evaluation = document.data.get("evaluation")
-    if isinstance(evaluation, dict) and isinstance(evaluation.get("metrics"), list):
-        records.metric_faults(document, ("evaluation", "metrics"), evaluation["metrics"])
-    return records.build(Recipe, document, name=name)
-
-
-def _refuse_secrets(document: yamls.Document, data: Any, key: yamls.Key) -> None:
-    """Note each secret without its value, and take it out so that nothing else quotes it."""
-    told = "secrets do not belong in a recipe. Set them in the environment (HF_TOKEN)."
-    if isinstance(data, dict):
-        for name in list(data):
-            inside = (*key, name)
-            column = bool(key) and key[-1] in ("rename", "data_files")
-            if SECRET_KEY.search(name) and not column and data[name] is not None:
-                document.fault(inside, told)
-                del data[name]
-            else:
-                _refuse_secrets(document, data[name], inside)
-    elif isinstance(data, list):
-        for index, value in enumerate(data):
-            _refuse_secrets(document, value, (*key, index))
-    elif isinstance(data, str) and errors.SECRET.search(data):
-        document.fault(key, told)
-
-
-def _section(document: yamls.Document, name: str) -> dict[str, Any]:
-    """A section as written; empty where it is missing or no mapping, which is told elsewhere."""
-    section = document.data.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _both(document: yamls.Document, first: yamls.Key, second: yamls.Key) -> None:
-    places = [
-        document.overrides.get(key) or f"line {document.line(key)}" for key in (first, second)
-    ]
-    document.fault(
-        second,
-        f"given ({places[1]}) together with {yamls.dotted(first)} ({places[0]}). Keep one.",
-    )
-
-
-def _check_model(document: yamls.Document, command: str) -> None:
-    model = _section(document, "model")
-    given = [key for key in ("name", "from_scratch") if model.get(key) is not None]
-    if len(given) == 2:
-        _both(document, ("model", "name"), ("model", "from_scratch"))
-    elif not given and isinstance(document.data.get("model"), dict):
-        document.fault(("model",), "neither name nor from_scratch is given. Give one.")
-    adapter = document.data.get("adapter")
-    if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
-        document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
-    if adapter is None and _section(document, "quantization") and command in TRAINING_COMMANDS:
-        document.fault(
-            ("quantization",), "quantized weights cannot be trained. Add an adapter section."
-        )
-
-
-def _check_data(document: yamls.Document, command: str) -> None:
-    data = _section(document, "data")
-    if "train" in data and not data["train"]:
-        document.fault(("data", "train"), "expected at least one source, found none. Add one.")
-    for side in ("train", "eval"):
-        sources = data.get(side)
-        for index, source in enumerate(sources if isinstance(sources, list) else [sources]):
-            if isinstance(source, dict):
-                key = ("data", side, index) if isinstance(sources, list) else ("data", side)
-                _check_template(document, key, source.get("template"), command)
-
-
-def _check_template(document: yamls.Document, key: yamls.Key, name: Any, command: str) -> None:
-    if name is None and command == "tune":
-        known = ", ".join(sorted(records.names_in(shipped("prompts"))))
-        document.fault(
-            key,
-            "no template, so nothing says what is prompt and what is answer. Add template: NAME"
-            + (f", one of {known}." if known else "."),
-        )
-    if isinstance(name, str) and name and command in TRAINING_COMMANDS:
-        try:
-            records.find(name, "prompts", errors.TemplateError)
-        except errors.TemplateError as error:
-            document.fault((*key, "template"), str(error))
-
-
-def _check_training(document: yamls.Document) -> None:
-    training = _section(document, "training")
-    steps, epochs = (training.get(key[-1]) for key in STOPS)
-    if epochs is not None and isinstance(steps, int) and steps > 0:
-        _both(document, *STOPS)
-    tokens = training.get("tokens_per_step", Training().tokens_per_step)
-    micro = training.get("micro_batch_tokens")
-    if isinstance(micro, int) and isinstance(tokens, int) and micro > tokens:
-        document.fault(
-            ("training", "micro_batch_tokens"),
-            f"{micro} is more than tokens_per_step, {tokens}. Lower it or leave it out.",
-        )
 
 
 # --- writing and comparing ----------------------------------------------------------------------

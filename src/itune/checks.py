@@ -1,0 +1,200 @@
+"""What is checked of a recipe as written, before its fields: secrets, contradictions, and `--set`.
+
+These look at the document and not at the records, for they name lines, and must find their faults
+beside those of the fields.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from itune import errors, records, yamls
+
+TRAINING_COMMANDS = ("pretrain", "tune")
+SOURCES = (("data", "train"), ("data", "eval"))
+STOPS: tuple[tuple[str, str], tuple[str, str]] = (
+    ("training", "max_steps"),
+    ("training", "num_train_epochs"),
+)
+TOKENS_PER_STEP = 16384
+
+# Names of keys whose values are secrets; not use_cls_token, eos_token, tokens_per_step.
+SECRET_KEY = re.compile(
+    r"(^|_)(api_?key|access_key|private_key|secret_key|secret|password|passwd|passphrase"
+    r"|credentials?)$"
+    r"|^((hub|hf|access|auth|use_auth|api|bearer|refresh|wandb|github|gitlab)_)?token$",
+    re.IGNORECASE,
+)
+
+
+def check(document: yamls.Document, command: str) -> None:
+    """Note every fault of the document that no single field shows."""
+    if document.data.pop("name", None) is not None:
+        document.fault(
+            ("name",), "unknown key. A recipe is named by its file; the model's name is model.name."
+        )
+    _refuse_secrets(document, document.data, ())
+    _check_model(document, command)
+    _check_data(document, command)
+    _check_training(document)
+    metrics = _section(document, "evaluation").get("metrics")
+    if isinstance(metrics, list):
+        records.metric_faults(document, ("evaluation", "metrics"), metrics)
+
+
+def _refuse_secrets(document: yamls.Document, data: Any, key: yamls.Key) -> None:
+    """Note each secret without its value, and take it out so that nothing else quotes it."""
+    told = "secrets do not belong in a recipe. Set them in the environment (HF_TOKEN)."
+    if isinstance(data, dict):
+        for name in list(data):
+            inside = (*key, name)
+            column = bool(key) and key[-1] in ("rename", "data_files")
+            if SECRET_KEY.search(name) and not column and data[name] is not None:
+                document.fault(inside, told)
+                del data[name]
+            else:
+                _refuse_secrets(document, data[name], inside)
+    elif isinstance(data, list):
+        for index, value in enumerate(data):
+            _refuse_secrets(document, value, (*key, index))
+    elif isinstance(data, str) and errors.SECRET.search(data):
+        document.fault(key, told)
+
+
+def _section(document: yamls.Document, name: str) -> dict[str, Any]:
+    """A section as written; empty where it is missing or no mapping, which is told elsewhere."""
+    section = document.data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _both(document: yamls.Document, first: yamls.Key, second: yamls.Key) -> None:
+    places = [
+        document.overrides.get(key) or f"line {document.line(key)}" for key in (first, second)
+    ]
+    document.fault(
+        second,
+        f"given ({places[1]}) together with {yamls.dotted(first)} ({places[0]}). Keep one.",
+    )
+
+
+def _check_model(document: yamls.Document, command: str) -> None:
+    model = _section(document, "model")
+    given = [key for key in ("name", "from_scratch") if model.get(key) is not None]
+    if len(given) == 2:
+        _both(document, ("model", "name"), ("model", "from_scratch"))
+    elif not given and isinstance(document.data.get("model"), dict):
+        document.fault(("model",), "neither name nor from_scratch is given. Give one.")
+    adapter = document.data.get("adapter")
+    if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
+        document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
+    if adapter is None and _section(document, "quantization") and command in TRAINING_COMMANDS:
+        document.fault(
+            ("quantization",), "quantized weights cannot be trained. Add an adapter section."
+        )
+
+
+def _check_data(document: yamls.Document, command: str) -> None:
+    data = _section(document, "data")
+    if "train" in data and not data["train"]:
+        document.fault(("data", "train"), "expected at least one source, found none. Add one.")
+    for side in ("train", "eval"):
+        sources = data.get(side)
+        for index, source in enumerate(sources if isinstance(sources, list) else [sources]):
+            if isinstance(source, dict):
+                key = ("data", side, index) if isinstance(sources, list) else ("data", side)
+                _check_template(document, key, source.get("template"), command)
+
+
+def _check_template(document: yamls.Document, key: yamls.Key, name: Any, command: str) -> None:
+    if name is None and command == "tune":
+        known = ", ".join(sorted(records.names_in(records.shipped("prompts"))))
+        document.fault(
+            key,
+            "no template, so nothing says what is prompt and what is answer. Add template: NAME"
+            + (f", one of {known}." if known else "."),
+        )
+    if isinstance(name, str) and name and command in TRAINING_COMMANDS:
+        try:
+            records.find(name, "prompts", errors.TemplateError)
+        except errors.TemplateError as error:
+            document.fault((*key, "template"), str(error))
+
+
+def _check_training(document: yamls.Document) -> None:
+    training = _section(document, "training")
+    steps, epochs = (training.get(key[-1]) for key in STOPS)
+    if epochs is not None and isinstance(steps, int) and steps > 0:
+        _both(document, *STOPS)
+    tokens = training.get("tokens_per_step", TOKENS_PER_STEP)
+    micro = training.get("micro_batch_tokens")
+    if isinstance(micro, int) and isinstance(tokens, int) and micro > tokens:
+        document.fault(
+            ("training", "micro_batch_tokens"),
+            f"{micro} is more than tokens_per_step, {tokens}. Lower it or leave it out.",
+        )
+
+
+# --- options over the file -----------------------------------------------------------------------
+
+
+def override(document: yamls.Document, text: str) -> None:
+    """Apply one `key=value`; what is wrong with it joins the faults."""
+    name, sign, value = text.partition("=")
+    name = name.strip()
+    secret = SECRET_KEY.search(name.rpartition(".")[2])
+    place = f"--set {errors.masked(errors.inert(f'{name}=...' if secret else text))}"
+    if not sign or not all(name.split(".")):
+        document.faults.append(f"{place}: expected key=value, such as training.max_steps=100.")
+        return
+    try:
+        put(document, _key(document, name), yamls.parse_value(value, place, document.kind), place)
+    except errors.UserError as error:
+        document.faults.append(str(error))
+    except ValueError as error:
+        document.faults.append(f"{place}: {error}")
+
+
+def _key(document: yamls.Document, name: str) -> yamls.Key:
+    """The key of a dotted name; raises ValueError where the document has no place for it."""
+    key: list[str | int] = []
+    here = document.data
+    parts = name.split(".")
+    while parts:
+        if isinstance(here, list):
+            index = _index(here, parts[0], yamls.dotted(tuple(key)))
+            key.append(index)
+            here = here[index]
+            del parts[: parts[0].isdigit()]  # the index of a list of one may be left out
+        elif here is None or isinstance(here, dict):
+            part = parts.pop(0)
+            if part != "0" or tuple(key) not in SOURCES:  # one mapping is a list of one
+                key.append(part)
+                here = here.get(part) if here else None
+        else:
+            raise ValueError(f"{yamls.dotted(tuple(key))} is {errors.shown(here)}, not a section.")
+    return tuple(key)
+
+
+def _index(values: list[Any], part: str, name: str) -> int:
+    if part.isdigit() and int(part) < len(values):
+        return int(part)
+    if not part.isdigit() and len(values) == 1:
+        return 0
+    example = f"{name}.0" if part.isdigit() else f"{name}.0.{part}"
+    raise ValueError(f"{name} is a list of {len(values)}. Give an index, from 0: {example}.")
+
+
+def put(document: yamls.Document, key: yamls.Key, value: Any, place: str) -> None:
+    """Set a value on behalf of an option, making the sections above it."""
+    here = document.data
+    for part in key[:-1]:
+        if isinstance(here, dict) and here.get(part) is None:
+            here[part] = {}
+        here = here[part]
+    if not isinstance(here, dict | list):
+        return  # the holder's own fault will be reported
+    document.put(key, value, place)
+    for mine, other in (STOPS, STOPS[::-1]):  # the command line wins over the file
+        if key == mine and value is not None and other not in document.overrides:
+            document.data["training"].pop(other[-1], None)

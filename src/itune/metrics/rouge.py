@@ -1,0 +1,86 @@
+"""ROUGE, by rouge_score, 0 to 1."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import re
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from rouge_score import rouge_scorer, tokenizers
+
+from itune.metrics import sufficient, words
+
+# rougeLsum takes each line for a sentence; Chinese and Japanese are seldom written in lines.
+SENTENCE_END = re.compile("(?<=[\u3002\uff01\uff1f])")
+
+
+class Words(tokenizers.Tokenizer):  # type: ignore[misc, unused-ignore]
+    """rouge_score's tokenizer for text of any script; on English the same as its default."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text."""
+        return words.words(text)
+
+
+class Rouge(sufficient.MeanMetric):
+    """ROUGE-1, -2, -L and -Lsum (Lin 2004): the mean over rows of rouge_score's F, 0 to 1.
+
+    A row with several references counts its best one, for each kind by itself. No stemming. The
+    plain mean: no random bootstrap as in the script of `evaluate`'s hub. Where any reference holds
+    a letter beyond a-z these are letters too, and each character of a script without spaces is a
+    word; otherwise rouge_score's default tokenizer is used. The signature says which.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    tokenizer: str = "default"
+
+    def scores(
+        self, predictions: Sequence[str], references: sufficient.References
+    ) -> sufficient.Array:
+        wide = any(map(words.beyond_english, itertools.chain.from_iterable(references)))
+        self.tokenizer = "default+unicode" if wide else "default"
+        self.signature = self.signature_of("rouge" if len(self.keys) > 1 else self.keys[0])
+        scorer = rouge_scorer.RougeScorer(list(self.keys), tokenizer=Words() if wide else None)
+        rows = np.zeros((len(predictions), len(self.keys)))
+        for row, (text, answers) in enumerate(zip(predictions, references, strict=True)):
+            if wide:
+                text, answers = _lines(text), [_lines(each) for each in answers]
+            best = scorer.score_multi(answers, text)
+            rows[row] = [best[key].fmeasure for key in self.keys]
+        return rows
+
+    def signature_of(self, key: str) -> str:
+        version = importlib.metadata.version("rouge_score")
+        return f"{key}|stem:no|tok:{self.tokenizer}|rouge_score:{version}"
+
+
+class Rouge1(Rouge):
+    """ROUGE-1: see `Rouge`."""
+
+    keys = ("rouge1",)
+
+
+class Rouge2(Rouge):
+    """ROUGE-2: see `Rouge`."""
+
+    keys = ("rouge2",)
+
+
+class RougeL(Rouge):
+    """ROUGE-L: see `Rouge`."""
+
+    keys = ("rougeL",)
+
+
+class RougeLsum(Rouge):
+    """ROUGE-Lsum, each line of a text a sentence: see `Rouge`."""
+
+    keys = ("rougeLsum",)
+
+
+def _lines(text: str) -> str:
+    """The text with a line for each sentence, where the script has full stops of its own."""
+    return SENTENCE_END.sub("\n", text)

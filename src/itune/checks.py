@@ -188,9 +188,12 @@ def _index(values: list[Any], part: str, name: str) -> int:
 def put(document: yamls.Document, key: yamls.Key, value: Any, place: str) -> None:
     """Set a value on behalf of an option, making the sections above it."""
     here = document.data
-    for part in key[:-1]:
+    for end, part in enumerate(key[:-1], start=1):
+        if not isinstance(here, dict | list):
+            break
         if isinstance(here, dict) and here.get(part) is None:
             here[part] = {}
+            document.overrides[key[:end]] = place
         here = here[part]
     if not isinstance(here, dict | list):
         return  # the holder's own fault will be reported

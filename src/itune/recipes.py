@@ -314,11 +314,16 @@ def load(
     else:
         path = records.find(source, "recipes", errors.RecipeError)
         text = yamls.read_text(path, errors.RecipeError)
-        document, name = yamls.parse(text, str(path), errors.RecipeError), name_of(path)
+        document, name = (
+            yamls.parse(text, errors.inert(str(path)), errors.RecipeError),
+            name_of(path),
+        )
     for each in overrides:
         checks.override(document, each)
     if output is not None:
-        checks.put(document, ("output", "dir"), str(output), f"--output {output}")
+        checks.put(
+            document, ("output", "dir"), str(output), f"--output {errors.inert(str(output))}"
+        )
     return _checked(document, name, command)
 
 

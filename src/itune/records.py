@@ -78,7 +78,7 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
         return  # noted already, for free-form sections too
     owner, info = _field(record, location)
     if error["type"] == "extra_forbidden":
-        known = () if owner is None else owner.model_fields
+        known = [] if owner is None else keys_of(owner)
         what = f"unknown key.{errors.nearest(str(key[-1]), known)}"
     elif error["type"] == "missing":
         about = f" Add it: {_first_sentence(info)}." if info is not None else " Add it."
@@ -119,6 +119,11 @@ def _field(
         if info is None:
             break
     return owner, info
+
+
+def keys_of(record: type[Record]) -> list[str]:
+    """The keys that a file may hold: all fields but those that follow from its name."""
+    return [key for key, info in record.model_fields.items() if not info.exclude]
 
 
 def record_in(annotation: Any) -> type[Record] | None:
@@ -179,6 +184,8 @@ def _quotes(name: str, value: Any) -> str:
     """The commonest cure: quotes around a number that is meant as text, none around a number."""
     if name == "string" and isinstance(value, bool | int | float):
         return " Put it in quotes."
+    if name == "int" and isinstance(value, float) and value.is_integer():
+        return f" Write {value:.0f}."
     if isinstance(value, str) and value.strip():
         plain = yamls.resolve(value.strip()) if len(value) < errors.LONGEST_VALUE else value
         number = isinstance(plain, int | float) and not isinstance(plain, bool)
@@ -236,9 +243,9 @@ def find(name: str | Path, kind: str, error: type[errors.UserError]) -> Path:
     path = Path(typed).expanduser()
     singular = kind.removesuffix("s")
     if path.is_dir():
-        inside = sorted(names_in(path))
+        inside = sorted(errors.inert(str(file)) for file in path.glob("*.yaml"))
         hint = f" It holds {', '.join(inside[:20])}." if inside else ""
-        raise error(f"{typed}: a folder, not a {singular}.{hint}")
+        raise error(f"{errors.inert(typed)}: a folder, not a {singular}.{hint}")
     if path.exists():
         return path
     for folder in (Path(), Path(kind), shipped(kind)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -55,13 +56,19 @@ class _Choices(tuple[str, ...]):
     """The choices, which a label may not count from the end: -1 is no label."""
 
     def __getitem__(self, label: Any) -> Any:
-        if isinstance(label, int) and not 0 <= label < len(self):
+        if isinstance(label, slice):
+            return super().__getitem__(label)
+        try:
+            index = operator.index(label)
+        except TypeError:
+            advice = " Write choices[label | int]" if isinstance(label, str) else ""
+            raise _Refusal(f"label {errors.shown(label)} is not a whole number.{advice}") from None
+        if not 0 <= index < len(self):
             raise _Refusal(
-                f"label {label} is out of range: {len(self)} choices are labelled 0 to {len(self) - 1}"
+                f"label {index} is out of range: {len(self)} choices have the labels 0 to "
+                f"{len(self) - 1}"
             )
-        if not isinstance(label, int | slice):
-            raise _Refusal(f"label {errors.shown(label)} is not a whole number")
-        return super().__getitem__(label)
+        return super().__getitem__(index)
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -92,11 +99,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return obj[attribute]
         return super().getattr(obj, attribute)
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Any, sign: str, left: Any, right: Any) -> Any:
         numbers = all(isinstance(each, int | float) for each in (left, right))
-        if not numbers or operator == "**":
-            raise _Refusal(f"the operator {operator} is for numbers, and ** is not available")
-        return super().call_binop(context, operator, left, right)
+        if not numbers or sign == "**":
+            raise _Refusal(f"the operator {sign} is for numbers, and ** is not available")
+        return super().call_binop(context, sign, left, right)
 
 
 def _printable(value: Any) -> Any:
@@ -271,7 +278,7 @@ def load(name_or_path: str | Path) -> Template:
     Raises TemplateError, with a line for every fault.
     """
     path = records.find(name_or_path, "prompts", errors.TemplateError)
-    return loads(yamls.read_text(path, errors.TemplateError), str(path))
+    return loads(yamls.read_text(path, errors.TemplateError), errors.inert(str(path)))
 
 
 def loads(text: str, where: str = "template.yaml") -> Template:

@@ -43,6 +43,7 @@ CAUSES = {
     "expected <block end>": "the indentation does not fit the lines above. Align it.",
     "expected ',' or ']'": "a list is not closed, or lacks a comma. Mend it.",
     "expected ',' or '}'": "a mapping is not closed, or lacks a comma. Mend it.",
+    "expected the node content": "a value is missing. Write it or delete its key.",
     "unknown escape character": "an unknown \\ inside double quotes. Use single quotes.",
     "expected escape sequence of": "an unknown \\ inside double quotes. Use single quotes.",
     "that cannot start any token": "a value starts with a sign of YAML's own. Put it in quotes.",
@@ -79,7 +80,7 @@ class Document:
     def fault(self, key: Key, what: str, *, below: int = 0) -> None:
         """Add one line to the faults; below: so many lines under the place of the key."""
         place = f"{self.where}:{self.line(key) + below}" if below else self.place(key)
-        name = f"{dotted(key)}: " if key else ""
+        name = f"{dotted(key)}: " if key and key not in self.overrides else ""
         self.faults.append(errors.masked(f"{place}: {name}{what}"))
 
     def refuse(self) -> None:

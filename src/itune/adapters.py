@@ -1,0 +1,99 @@
+"""PEFT adapters: attached by the recipe's words, saved portable, merged and proved equal.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itune import errors
+
+
+def config(settings: Mapping[str, Any]) -> Any:
+    """The peft config that a recipe's `adapter` section names. Raises RecipeError."""
+    import peft
+
+    given = dict(settings)
+    kind = str(given.pop("peft_type", "")).upper()
+    known = {k.value if hasattr(k, "value") else str(k): v for k, v in _kinds().items()}
+    if kind not in known:
+        names = [name.lower() for name in known]
+        raise errors.RecipeError(
+            f"adapter.peft_type: unknown {settings.get('peft_type')!r}."
+            f"{errors.nearest(kind.lower(), names)}"
+        )
+    fields = inspect.signature(known[kind]).parameters
+    unknown = sorted(set(given) - set(fields))
+    if unknown:
+        raise errors.RecipeError(
+            f"adapter.{unknown[0]}: {known[kind].__name__} has no such field."
+            f"{errors.nearest(unknown[0], fields)}"
+        )
+    try:
+        return known[kind](task_type=peft.TaskType.CAUSAL_LM, **given)
+    except (ValueError, TypeError) as error:
+        raise errors.RecipeError(f"adapter: {' '.join(str(error).split())}") from error
+
+
+def _kinds() -> dict[Any, Any]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+def attach(model: Any, settings: Mapping[str, Any] | None, *, base: str, seed: int) -> Any:
+    """The model with a fresh adapter, its base frozen; without settings, the model itself.
+
+    `base` is written into the adapter's own config, so that it loads by `peft` alone.
+    """
+    if settings is None:
+        return model
+    import peft
+
+    wanted = config(settings)
+    model.config.name_or_path = model.name_or_path = base
+    torch.manual_seed(seed)
+    try:
+        return peft.get_peft_model(model, wanted)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise errors.RecipeError(
+            f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def merged(model: Any) -> Any:
+    """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
+    if not hasattr(model, "merge_and_unload"):
+        raise errors.RecipeError(
+            "output.merge: this adapter cannot be folded into its base. Set output.merge: false."
+        )
+    return model.merge_and_unload(safe_merge=True)
+
+
+@torch.no_grad()
+def merge_and_prove(model: Any, ids: torch.Tensor, folder: Path) -> float:
+    """Fold the adapter in, save the whole model, and return the largest difference of its logits.
+
+    ids int64 [1, tokens]: a sample prompt. Raises ModelError when the merged model answers
+    otherwise than base and adapter did.
+    """
+    model.eval()
+    before = model(input_ids=ids, use_cache=False).logits
+    whole = merged(model)
+    after = whole(input_ids=ids, use_cache=False).logits
+    difference = float((before - after).abs().max())
+    scale = float(before.abs().max())
+    tolerance = (1e-4 if before.dtype == torch.float32 else 5e-2) * max(scale, 1.0)
+    if difference > tolerance:
+        raise errors.ModelError(
+            f"{folder}: the merged model's logits differ by {difference:.2g} from the adapter's, "
+            "so it was not saved. Serve the adapter on its base."
+        )
+    whole.save_pretrained(folder)
+    return difference

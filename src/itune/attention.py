@@ -1,0 +1,115 @@
+"""Attention of a packed row: each example attends within itself alone, without padding elsewhere.
+
+Needs torch. Registered with transformers as the attention implementation `itune`, so that any
+model which uses the attention interface takes it; the segments travel as an argument of the
+model's call, which gradient checkpointing keeps for the recomputation too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from itune import batches
+
+NAME = "itune"
+
+# Above this ratio of gathered to real attention work, examples are computed one by one instead
+# of side by side. chosen: the gather costs less than the calls it saves up to about there.
+_WASTE = 3.0
+
+
+def _packed(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, tokens, size]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    segments: batches.Segments | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment. Returns [1, tokens, heads, size].
+
+    Raises ValueError for what it cannot compute exactly (soft caps, sinks, position biases): the
+    probe at the start of a run then falls back to padding.
+    """
+    if segments is None:
+        raise ValueError("packed attention was called without segments")
+    refused = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
+    if refused:
+        raise ValueError(f"packed attention cannot apply {refused[0]}")
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    lengths = segments.lengths
+    longest = max(lengths)
+    real = sum(n * n for n in lengths)
+    if len(lengths) * longest * longest <= _WASTE * real:
+        out = _side_by_side(query, key, value, segments, _window(longest, sliding_window, query), options)
+    else:
+        out = _one_by_one(query, key, value, lengths, sliding_window, options)
+    return out, None
+
+
+def _window(length: int, sliding_window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """A causal band mask [length, length], or None where plain causality says the same."""
+    if sliding_window is None or length <= sliding_window:
+        return None
+    place = torch.arange(length, device=like.device)
+    distance = place[:, None] - place[None]
+    return (distance >= 0) & (distance < sliding_window)
+
+
+def _side_by_side(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: batches.Segments,
+    mask: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    # Filled at the right, and causal: no real token ever sees a filled one.
+    shape = segments.gather.shape
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        rows = x[0].transpose(0, 1).index_select(0, segments.gather.reshape(-1))
+        return rows.view(*shape, *rows.shape[1:]).transpose(1, 2)  # [examples, heads, longest, size]
+
+    out = F.scaled_dot_product_attention(
+        spread(query), spread(key), spread(value), attn_mask=mask, is_causal=mask is None, **options
+    )
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, segments.scatter)[None]
+
+
+def _one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    outs = []
+    for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
+        mask = _window(q.shape[2], sliding_window, q)
+        outs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, **options
+            ).transpose(1, 2)
+        )
+    return torch.cat(outs, 1)
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    return None
+
+
+def register() -> None:
+    """Make the implementation known to transformers. Safe to call again."""
+    AttentionInterface.register(NAME, _packed)
+    AttentionMaskInterface.register(NAME, _no_mask)

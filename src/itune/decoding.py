@@ -1,0 +1,187 @@
+"""Answers from a model: generated in batches, or the likeliest of given choices.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from itune import batches, data, encoding, errors, formats
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+MAX_NEW_TOKENS = 128
+BATCH_TOKENS = 16384  # chosen: keeps the cache of a batch small beside a small model's weights
+BATCH_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer: its text, how many tokens it took, and why it ended (`stop` or `length`)."""
+
+    text: str
+    tokens: int
+    stop: str
+
+
+def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
+    """A GenerationConfig from a recipe's `generation` section: greedy, unless it asks to sample.
+
+    It stops at the end-of-sequence token and at the token that ends an answer in training.
+    Raises RecipeError for an unknown field or a value that transformers refuses.
+    """
+    blank = transformers.GenerationConfig()
+    unknown = sorted(set(fields) - set(blank.to_dict()))
+    if unknown:
+        raise errors.RecipeError(
+            f"generation.{unknown[0]}: GenerationConfig has no such field."
+            f"{errors.nearest(unknown[0], blank.to_dict())}"
+        )
+    given = {"max_new_tokens": MAX_NEW_TOKENS, **fields}
+    if "do_sample" not in given:
+        given["do_sample"] = any(given.get(name) is not None for name in SAMPLING)
+    given["eos_token_id"] = sorted({encoder.stop_id, encoder.eos_id})
+    given["pad_token_id"] = encoder.tokenizer.pad_token_id
+    try:
+        made = transformers.GenerationConfig(**given)
+        made.validate(strict=True)
+    except (ValueError, TypeError) as error:
+        raise errors.RecipeError(f"generation: {' '.join(str(error).split())}") from error
+    return made
+
+
+def _by_length(prompts: Sequence[Sequence[int]], extra: int) -> Iterator[list[int]]:
+    """Indices of prompts in batches of like length, the longest first."""
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    batch: list[int] = []
+    for i in order:
+        width = len(prompts[(batch or [i])[0]]) + extra
+        if batch and ((len(batch) + 1) * width > BATCH_TOKENS or len(batch) == BATCH_ROWS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    encoder: encoding.Encoder,
+    prompts: Sequence[Sequence[int]],
+    wanted: Any,
+    done: Callable[[int, Completion], None] | None = None,
+) -> list[Completion]:
+    """The completion of each prompt, in their order.
+
+    `wanted`: a GenerationConfig from `settings`. `done(index, completion)` is told of each one
+    as soon as it is there. Raises DataError for a prompt that leaves no room to answer.
+    """
+    model.eval()
+    _refuse_too_long(model, prompts, wanted.max_new_tokens)
+    out: dict[int, Completion] = {}
+    pad = encoder.tokenizer.pad_token_id
+    stops = set(wanted.eos_token_id)
+    for rows in _by_length(prompts, wanted.max_new_tokens):
+        width = max(len(prompts[i]) for i in rows)
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros_like(ids)
+        for k, i in enumerate(rows):
+            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[k, width - len(prompts[i]) :] = 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            made = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=wanted,
+            )
+        for i, new in zip(rows, made[:, width:].tolist(), strict=True):
+            end = next((k for k, id_ in enumerate(new) if id_ in stops), None)
+            kept = new if end is None else new[:end]
+            completion = Completion(
+                encoder.decode(kept),
+                len(kept) + (end is not None),
+                "length" if end is None else "stop",
+            )
+            out[i] = completion
+            if done is not None:
+                done(i, completion)
+    return [out[i] for i in range(len(prompts))]
+
+
+def _refuse_too_long(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+    room = context(model)
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) + new > room:
+            raise errors.DataError(
+                f"prompt {number}: {len(prompt)} tokens and generation.max_new_tokens ({new}) "
+                f"are more than the {room} that the model reads. Shorten it, or lower "
+                "--set generation.max_new_tokens=N."
+            )
+
+
+def context(model: Any) -> int:
+    """How many tokens the model reads at once; a large number where its config sets none."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+
+
+@torch.inference_mode()
+def choose(
+    model: Any,
+    encoder: encoding.Encoder,
+    prompts: Sequence[Sequence[formats.Message]],
+    choices: Sequence[str],
+) -> list[int]:
+    """For each prompt the index of the choice that the model finds likeliest.
+
+    A choice's likelihood is that of its tokens and the stop token, exactly as an answer is
+    trained on; ties go to the first.
+    """
+    model.eval()
+    rows = [
+        encoder.conversation([*prompt, formats.Message("assistant", choice)], train_on="last")
+        for prompt in prompts
+        for choice in choices
+    ]
+    scores = np.zeros(len(rows))
+    corpus = data.from_tokens(rows)
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
+    pad = encoder.tokenizer.pad_token_id
+    for part in batches.micro_batches(order, corpus.lengths, BATCH_TOKENS, padded=True):
+        batch = batches.padded(corpus, part, pad).to(model.device)
+        columns = (batch.targets != batches.IGNORED).any(0).nonzero().squeeze(1)
+        output = model(
+            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions,
+            use_cache=False, logits_to_keep=columns,
+        )
+        targets = batch.targets[:, columns]
+        chances = output.logits.float().log_softmax(-1)  # [rows, columns, vocabulary]
+        picked = chances.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+        scores[part] = (picked * (targets != batches.IGNORED)).sum(-1).cpu().numpy()
+    table = scores.reshape(len(prompts), len(choices))
+    return [int(best) for best in table.argmax(1)]
+
+
+def answers(
+    model: Any,
+    encoder: encoding.Encoder,
+    task: data.Task,
+    wanted: Any,
+    *,
+    decide: str = "likelihood",
+    done: Callable[[int, Completion], None] | None = None,
+) -> list[str]:
+    """The model's answer to each case of a task: a choice where it has choices, else written."""
+    if task.template.choices and decide == "likelihood":
+        picked = choose(model, encoder, [c.messages for c in task.cases], task.template.choices)
+        return [task.template.choices[index] for index in picked]
+    made = generate(model, encoder, [case.ids for case in task.cases], wanted, done)
+    return [completion.text for completion in made]

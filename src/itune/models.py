@@ -1,0 +1,367 @@
+"""Models and tokenizers: found, built from scratch, given the dtype that the processor can do.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from itune import attention, batches, data, encoding, errors, losses, recipes
+
+CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "masked": "AutoModelForMaskedLM",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Control tokens of a tokenizer trained here. No unknown token: bytes cover every text.
+PAD, BOS, EOS, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
+
+
+# --- the processor ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model computes, in which numbers, and why, in one line for the user."""
+
+    device: torch.device
+    dtype: torch.dtype
+    why: str
+
+
+def placement(dtype: str = "auto") -> Placement:
+    """The device and the dtype that it computes fast.
+
+    bfloat16 on a processor without bfloat16 instructions runs tens of times slower than float32,
+    and most checkpoints come in bfloat16, so the checkpoint's own dtype decides nothing here.
+    """
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        name, able = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(False)
+        kind = "bfloat16" if able else "float32"
+        reason = f"{name}, which {'computes' if able else 'lacks'} bfloat16"
+    elif torch.backends.mps.is_available():
+        device, kind, reason = torch.device("mps"), "float32", "Apple GPU"
+    else:
+        device = torch.device("cpu")
+        able = cpu_has_bfloat16()
+        kind = "bfloat16" if able else "float32"
+        reason = (
+            f"CPU ({torch.backends.cpu.get_cpu_capability()}), which "
+            f"{'computes' if able else 'lacks'} bfloat16"
+        )
+    if dtype != "auto":
+        kind, reason = dtype, f"{reason.split(',')[0]}, as model.dtype asks"
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return Placement(device, DTYPES[kind], f"{kind} on {reason}{threads}")
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16 or AMX)."""
+    # torch keeps these names private; one that is gone counts as a no.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
+
+
+# --- where a model is ---------------------------------------------------------------------
+
+
+def resolve(name: str) -> str:
+    """The folder or hub id that a recipe's `model.name` means; a run's folder means its model.
+
+    Raises ModelError for a path that is not there or holds no model.
+    """
+    path = Path(name).expanduser()
+    if (path / "run.json").is_file():
+        if not (path / "model").is_dir():
+            raise errors.ModelError(
+                f"{name}: this run has no model yet, it is not finished. Run it again to finish it."
+            )
+        return str(path / "model")
+    if path.is_dir():
+        if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
+            raise errors.ModelError(
+                f"{name}: a folder without config.json or adapter_config.json, so no model. "
+                "Name the folder that holds the model's files."
+            )
+        return str(path)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix
+    if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise errors.ModelError(
+            f"{name}: no such folder, in {Path.cwd()}.{errors.nearest(path.name, near)}"
+        )
+    return name
+
+
+def from_library(name: str, call: Any) -> Any:
+    """`call()`, with what the library raises for a missing or broken model put in our words."""
+    try:
+        return call()
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())
+        if "offline" in text.lower() or "connect" in text.lower():
+            raise errors.EnvironmentRefusal(
+                f"{name}: no such folder here, and the hub cannot be reached. Name a local folder "
+                "with --set model.name=DIR, or go online."
+            ) from error
+        raise errors.ModelError(f"{name}: cannot be loaded: {text[:400]}") from error
+
+
+def adapter_of(location: str) -> dict[str, Any] | None:
+    """The adapter_config.json of a local adapter folder, or None when it is a whole model."""
+    path = Path(location) / "adapter_config.json"
+    if not path.is_file():
+        return None
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+# --- tokenizers ---------------------------------------------------------------------------
+
+
+def tokenizer(name: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model or run, with a chat template: its own, or itune's plain one."""
+    location = resolve(name)
+    loaded = from_library(
+        name, lambda: transformers.AutoTokenizer.from_pretrained(location, revision=revision)
+    )
+    if getattr(loaded, "backend_tokenizer", None) is None:
+        raise errors.ModelError(
+            f"{name}: its tokenizer has no fast version, which exact masks need. "
+            "Convert it to tokenizer.json."
+        )
+    return with_template(loaded)
+
+
+def with_template(loaded: Any) -> Any:
+    """The tokenizer with a chat template and a pad token, set where it lacks them."""
+    if loaded.chat_template is None:
+        loaded.chat_template = plain_template(loaded)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def plain_template(loaded: Any) -> str:
+    """itune's own chat template: markers where the vocabulary has them, else plain words."""
+    name = "markers" if USER in loaded.get_vocab() else "plain"
+    return (resources.files("itune") / f"chat_{name}.jinja").read_text(encoding="utf-8")
+
+
+def train_tokenizer(wanted: recipes.TokenizerRecipe, texts: Iterator[str]) -> Any:
+    """A byte-level tokenizer of `vocab_size` entries trained on texts, with control tokens."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers import models as kinds
+
+    special = [PAD, BOS, EOS, USER, ASSISTANT]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    common: dict[str, Any] = {
+        "vocab_size": wanted.vocab_size,
+        "special_tokens": special,
+        "show_progress": False,
+        "initial_alphabet": alphabet,
+    }
+    makers = {
+        "bpe": lambda: (kinds.BPE(), trainers.BpeTrainer(**common)),
+        "unigram": lambda: (kinds.Unigram(), trainers.UnigramTrainer(**common)),
+    }
+    model, trainer = makers[wanted.algorithm]()
+    built = Tokenizer(model)
+    # Every piece starts like a word inside a text, so that an answer's first word is the same
+    # token as in the middle of a sentence.
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    built.decoder = decoders.ByteLevel()
+    built.train_from_iterator(texts, trainer)
+    return with_template(
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=built,
+            bos_token=BOS,
+            eos_token=EOS,
+            pad_token=PAD,
+            additional_special_tokens=[USER, ASSISTANT],
+        )
+    )
+
+
+# --- models -------------------------------------------------------------------------------
+
+
+def family(config: Any) -> str:
+    """causal, seq2seq or masked, from a config's own flags and registered classes."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "seq2seq"
+    auto = transformers.models.auto.modeling_auto
+    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.model_type in masked and not any("CausalLM" in a for a in config.architectures or ()):
+        return "masked"
+    if config.model_type in causal:
+        return "causal"
+    raise errors.ModelError(
+        f"model type {config.model_type!r}: neither a causal, a seq2seq nor a masked language "
+        "model. Set model.family if it is one all the same."
+    )
+
+
+def load(wanted: recipes.Model, place: Placement) -> Any:
+    """The model that a recipe names, in the placement's dtype, on its device, unwrapped.
+
+    A folder that holds an adapter gives the base with that adapter merged in: what is tuned next
+    starts from it. Raises ModelError, EnvironmentRefusal.
+    """
+    name = wanted.name or ""
+    location = resolve(name)
+    if adapter_of(location) is not None:
+        return _merged_base(name, location, place)
+    config = from_library(
+        name,
+        lambda: transformers.AutoConfig.from_pretrained(location, revision=wanted.revision),
+    )
+    kind = wanted.family or family(config)
+    _only_causal(kind, name)
+    options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
+    if wanted.attn_implementation:
+        options["attn_implementation"] = wanted.attn_implementation
+    auto = getattr(transformers, CLASSES[kind])
+    model = from_library(
+        name, lambda: auto.from_pretrained(location, use_safetensors=True, **options)
+    )
+    return model.to(place.device)
+
+
+def _merged_base(name: str, location: str, place: Placement) -> Any:
+    import peft
+
+    loaded = from_library(
+        name,
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(location, dtype=place.dtype),
+    )
+    return loaded.merge_and_unload().to(place.device)
+
+
+def _only_causal(kind: str, name: str) -> None:
+    if kind != "causal":
+        raise errors.ModelError(
+            f"{name}: a {kind} model; itune trains causal language models so far. "
+            "Choose a decoder such as HuggingFaceTB/SmolLM2-135M."
+        )
+
+
+def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int) -> Any:
+    """A model with random weights from a recipe's `from_scratch`. Raises ModelError."""
+    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if scratch.model_type not in known:
+        raise errors.ModelError(
+            f"model.from_scratch.model_type: unknown {scratch.model_type!r}."
+            f"{errors.nearest(scratch.model_type, known)}"
+        )
+    fields = dict(scratch.config)
+    blank = transformers.AutoConfig.for_model(scratch.model_type)
+    unknown = sorted(set(fields) - set(blank.to_dict()) - set(vars(blank)))
+    if unknown:
+        raise errors.ModelError(
+            f"model.from_scratch.{unknown[0]}: {type(blank).__name__} has no such field."
+            f"{errors.nearest(unknown[0], blank.to_dict())}"
+        )
+    ids = {
+        "vocab_size": len(loaded),
+        "pad_token_id": loaded.pad_token_id,
+        "bos_token_id": loaded.bos_token_id,
+        "eos_token_id": loaded.eos_token_id,
+    }
+    try:
+        config = transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
+        kind = family(config)
+        _only_causal(kind, f"model.from_scratch.model_type {scratch.model_type!r}")
+        torch.manual_seed(seed)
+        model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise errors.ModelError(
+            f"model.from_scratch: {scratch.model_type} cannot be built: {' '.join(str(error).split())}"
+        ) from error
+    if scratch.embedding_std is not None:
+        draw = torch.Generator().manual_seed(seed)
+        table = model.get_input_embeddings().weight
+        with torch.no_grad():
+            table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
+    return model.to(place.device, place.dtype)
+
+
+# --- packing ------------------------------------------------------------------------------
+
+
+def pack(model: Any) -> str | None:
+    """Switch the model to packed attention if it computes exactly what it computes alone.
+
+    Returns None, or why it cannot: the run then pads. The probe is a handful of short examples
+    of ids that any vocabulary has, so it costs one small forward pass.
+    """
+    before = model.config._attn_implementation
+    attention.register()
+    training = model.training
+    model.eval()
+    try:
+        model.set_attn_implementation(attention.NAME)
+        difference = _packed_against_alone(model, before)
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
+        model.set_attn_implementation(before)
+        return f"packing is not possible with {type(model).__name__}: {_short(error)}"
+    finally:
+        model.train(training)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
+    if not difference <= tolerance:
+        model.set_attn_implementation(before)
+        return (
+            f"packing would change what {type(model).__name__} computes "
+            f"(loss off by {difference:.1e}), so examples are padded"
+        )
+    return None
+
+
+@torch.no_grad()
+def _packed_against_alone(model: Any, attn_implementation: str) -> float:
+    """Largest relative difference of summed losses, packed against one by one."""
+    lengths = [7, 1, 12, 2, 5]
+    window = getattr(model.config, "sliding_window", None)
+    if isinstance(window, int) and window < 256:
+        lengths.append(window + 3)
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = [torch.randint(0, vocabulary, (n,), generator=draw).tolist() for n in lengths]
+    probe = data.from_tokens([encoding.Tokens(row, [True] * len(row)) for row in ids])
+    device = next(model.parameters()).device
+    every = np.arange(len(lengths))
+    together = losses.summed(model, batches.packed(probe, every).to(device))
+    model.set_attn_implementation(attn_implementation)
+    alone = sum(
+        float(losses.summed(model, batches.padded(probe, every[k : k + 1], 0).to(device)))
+        for k in every
+    )
+    model.set_attn_implementation(attention.NAME)
+    return abs(float(together) - alone) / max(abs(alone), 1e-6)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+def count(model: Any) -> tuple[int, int]:
+    """(parameters, trainable parameters), shared ones counted once."""
+    parameters = list(model.parameters())
+    return (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )

@@ -1,0 +1,264 @@
+"""The folder of a run: its state, its lock, its log, and which run is the newest."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import socket
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import itune
+from itune import errors, recipes
+
+ROOT = Path("runs")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside it first, on disk, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of ours. Raises RunError when it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise errors.RunError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise errors.RunError(f"{path}: expected an object, found a {type(value).__name__}.")
+    return value
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON in which a number that is not finite is its name, as strict readers need."""
+    return json.dumps(_strict(value), ensure_ascii=False, indent=indent, allow_nan=False)
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, whether it is being made or only read."""
+
+    dir: Path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What run.json says: state, versions, seed, hardware, tokens, seconds and more."""
+        return read_json(self.dir / "run.json")
+
+    @property
+    def recipe(self) -> recipes.Recipe:
+        """The resolved recipe that the run was made by."""
+        text = (self.dir / "recipe.yaml").read_text(encoding="utf-8")
+        return recipes.loads(text, str(self.dir / "recipe.yaml"))
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the result lies: adapter or weights, tokenizer, generation config."""
+        return self.dir / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.dir / "checkpoints"
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of run.json."""
+        write(self.dir / "run.json", to_json({**self.manifest, **fields}, indent=2) + "\n")
+
+    # --- log ---
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with (self.dir / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(to_json(record) + "\n")
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl; one that a kill tore at the end is left out."""
+        path = self.dir / "log.jsonl"
+        if not path.is_file():
+            return []
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def cut_log(self, step: int) -> None:
+        """Take the lines after a step out: they were logged, then lost with a kill."""
+        kept = [line for line in self.log_lines() if line["step"] <= step]
+        write(self.dir / "log.jsonl", "".join(to_json(line) + "\n" for line in kept))
+
+
+# --- opening ------------------------------------------------------------------------------
+
+
+def open_run(
+    recipe: recipes.Recipe,
+    command: str,
+    *,
+    fresh: bool = False,
+    allowed: Sequence[str] = (),
+) -> tuple[Run, str]:
+    """The folder for a recipe's run, and its state: `new`, `unfinished` or `finished`.
+
+    An unfinished run of the same recipe is resumed, a finished one left alone. `fresh` moves
+    whatever run is there aside. Raises RunError for a foreign folder or another recipe's run,
+    with what differs; `allowed` names keys that may.
+    """
+    run = Run(recipe.output.dir)
+    if fresh and (run.dir / "run.json").is_file():
+        run.dir.replace(_aside(run.dir))
+    if not run.dir.exists() or not any(run.dir.iterdir()):
+        return _create(run, recipe, command), "new"
+    if not (run.dir / "run.json").is_file():
+        raise errors.RunError(
+            f"{run.dir}: a folder with other files in it, not a run. Choose another with --output."
+        )
+    manifest = run.manifest
+    if manifest.get("command") != command:
+        raise errors.RunError(
+            f"{run.dir}: holds a run of `itune {manifest.get('command')}`. Choose another folder "
+            "with --output, or move it aside with --fresh."
+        )
+    _refuse_changes(run, recipe, allowed)
+    state = "finished" if manifest["state"] == "finished" else "unfinished"
+    if state == "unfinished":
+        write(run.dir / "recipe.yaml", recipes.dump(recipe))
+    return run, state
+
+
+def _refuse_changes(run: Run, recipe: recipes.Recipe, allowed: Sequence[str]) -> None:
+    if recipes.digest(run.recipe) == recipes.digest(recipe):
+        return
+    changes = [change for change in recipes.diff(run.recipe, recipe) if change[0] not in allowed]
+    shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes[:5])
+    if shown:
+        raise errors.RunError(
+            f"{run.dir}: holds a run of another recipe ({shown}). Choose another folder with "
+            "--output, move that run aside with --fresh, or accept a change with --allow-change."
+        )
+
+
+def _aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    return aside
+
+
+def _create(run: Run, recipe: recipes.Recipe, command: str) -> Run:
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        write(run.dir / "recipe.yaml", recipes.dump(recipe))
+    except OSError as error:
+        raise errors.EnvironmentRefusal(
+            f"{run.dir}: cannot be made: {error.strerror}. Choose another folder with --output."
+        ) from error
+    write(
+        run.dir / "run.json",
+        to_json(
+            {
+                "id": uuid.uuid4().hex,
+                "command": command,
+                "state": "running",
+                "created": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+                "itune": itune.__version__,
+                "versions": {name: metadata.version(name) for name in LIBRARIES},
+                "python": platform.python_version(),
+                "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
+                "recipe_digest": recipes.digest(recipe),
+                "seed": recipe.training.seed,
+            },
+            indent=2,
+        )
+        + "\n",
+    )
+    return run
+
+
+@contextlib.contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Hold a run's folder alone. Raises EnvironmentRefusal naming who holds it."""
+    import fcntl
+
+    with (run.dir / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise errors.EnvironmentRefusal(
+                f"{run.dir}: in use by {file.read().strip() or 'another process'}. Wait for it, "
+                "or choose another folder with --output."
+            ) from error
+        file.truncate(0)
+        since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
+        file.flush()
+        yield
+
+
+# --- finding ------------------------------------------------------------------------------
+
+
+def find(folder: Path) -> Run:
+    """A finished run in a folder. Raises RunError when there is none."""
+    if not (folder / "run.json").is_file():
+        raise errors.RunError(
+            f"{folder}: not a run, it holds no run.json. Known runs: "
+            f"{', '.join(str(run.dir) for run in known()) or 'none'}."
+        )
+    run = Run(folder)
+    if run.manifest["state"] != "finished":
+        raise errors.RunError(
+            f"{folder}: this run is {run.manifest['state']}, not finished. "
+            f"Finish it with `itune {run.manifest['command']} --recipe {folder}/recipe.yaml`."
+        )
+    return run
+
+
+def known(root: Path = ROOT) -> list[Run]:
+    """Every finished run under `root`, the newest last."""
+    finished = []
+    for path in sorted(root.glob("**/run.json")) if root.is_dir() else []:
+        manifest = read_json(path)
+        if manifest.get("state") == "finished":
+            finished.append((str(manifest.get("finished", "")), Run(path.parent)))
+    return [run for _, run in sorted(finished, key=lambda pair: (pair[0], str(pair[1].dir)))]
+
+
+def newest(root: Path = ROOT) -> Run:
+    """The run finished last under `root`. Raises RunError when there is none."""
+    runs = known(root)
+    if not runs:
+        raise errors.RunError(
+            f"{root}/: no finished run here, in {Path.cwd()}. Run `itune tune` first, or name one "
+            "with --run DIR."
+        )
+    return runs[-1]

@@ -126,6 +126,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     model = _untrained(recipe, tokenizer, place)
     models.check_fits(model, corpus, settings.max_length)
     model = adapters.attach(model, recipe.adapter, base=base, seed=settings.seed)
+    kernel = model.config._attn_implementation
     padded = models.pack(model) if settings.packing else "training.packing is off"
     if padded:
         screen.say(f"padding: {padded}")
@@ -163,8 +164,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()
     if accelerator.is_main_process:
-        # The kernel of packed rows is itune's own and is not part of the result.
-        model.set_attn_implementation("sdpa" if padded is None else model.config._attn_implementation)
+        model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
         _finish(recipe, run, model, encoder, outcome, screen)
     accelerator.wait_for_everyone()
 
@@ -423,7 +423,7 @@ def _generation(sets: Sequence[str]) -> dict[str, Any]:
             raise errors.OptionError(
                 f"--set {item}: itune generate takes generation.FIELD=VALUE alone."
             )
-        fields[name] = yamls.value(value, f"--set {item}")
+        fields[name] = yamls.parse_value(value, f"--set {item}", errors.OptionError)
     return fields
 
 

@@ -280,7 +280,7 @@ def corpus(
     encoder: encoding.Encoder,
     training: recipes.Training,
     *,
-    visits: int | None = 1,
+    visits: float | None = 1,
 ) -> Corpus:
     """Every source read, rendered and encoded, through `datasets`' own cache.
 
@@ -311,6 +311,19 @@ def corpus(
         wordings=tuple(wordings),
         dropped=dropped,
     )
+
+
+def heldout(recipe: recipes.Recipe, encoder: encoding.Encoder) -> Corpus | None:
+    """The rows on which the held-out loss is measured: some of each evaluation source."""
+    count = recipe.training.heldout_rows
+    if not recipe.data.eval or not count:
+        return None
+    each = max(1, count // len(recipe.data.eval))
+    sources = [
+        source.model_copy(update={"limit": min(each, source.limit or each), "weight": 1.0})
+        for source in recipe.data.eval
+    ]
+    return corpus(sources, encoder, recipe.training, visits=1)
 
 
 def _flat(rows: datasets.Dataset, column: str) -> np.ndarray:

@@ -56,10 +56,10 @@ def plain_text(row: Mapping[str, Any]) -> Example:
     return Example(text=text)
 
 
-def conversation(row: Mapping[str, Any]) -> Example:
+def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
     """A row of `messages` (role, content) or ShareGPT's `conversations` (from, value).
 
-    The references are the last message where it is the assistant's. Raises DataError.
+    `answered`: at least one turn must be the assistant's. The references are the last message where it is the assistant's. Raises DataError.
     """
     turns = row.get("messages")
     names = ("role", "content")
@@ -71,7 +71,7 @@ def conversation(row: Mapping[str, Any]) -> Example:
             f"(the row has {_columns(row)}). Rename the column with data.train.rename."
         )
     messages = tuple(_message(turn, names, number) for number, turn in enumerate(turns, 1))
-    if not any(message.role == "assistant" for message in messages):
+    if answered and not any(message.role == "assistant" for message in messages):
         raise errors.DataError(
             "no assistant's turn: there is nothing to learn from this conversation. "
             "Take the row out, or check the roles."

@@ -216,14 +216,19 @@ def family(config: Any) -> str:
     )
 
 
-def load(wanted: recipes.Model, place: Placement) -> Any:
-    """The model that a recipe names, in the placement's dtype, on its device, unwrapped.
+def load(wanted: recipes.Model, place: Placement, *, full: bool = False) -> Any:
+    """The model that a recipe names, on the placement's device, unwrapped.
+
+    In the placement's dtype, or with `full` in float32 for training all of its weights, which
+    bfloat16 would round away; they are then computed with in the placement's dtype.
 
     A folder that holds an adapter gives the base with that adapter merged in: what is tuned next
     starts from it. Raises ModelError, EnvironmentRefusal.
     """
     name = wanted.name or ""
     location = resolve(name)
+    if full:
+        place = Placement(place.device, torch.float32, place.why)
     if adapter_of(location) is not None:
         return _merged_base(name, location, place)
     config = from_library(
@@ -297,7 +302,7 @@ def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int
         table = model.get_input_embeddings().weight
         with torch.no_grad():
             table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
-    return model.to(place.device, place.dtype)
+    return model.to(place.device)
 
 
 # --- packing ------------------------------------------------------------------------------
@@ -356,6 +361,24 @@ def _packed_against_alone(model: Any, attn_implementation: str) -> float:
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:160]
+
+
+def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
+    """Refuse examples longer than the model's positions, and ids beyond its embeddings."""
+    room = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    longest = int(corpus.lengths.max())
+    if longest > room:
+        raise errors.RecipeError(
+            f"training.max_length: {max_length}, and the longest example has {longest} tokens, "
+            f"but the model reads {room}. Set training.max_length: {room}."
+        )
+    entries = model.get_input_embeddings().weight.shape[0]
+    highest = int(corpus.ids.max())
+    if highest >= entries:
+        raise errors.ModelError(
+            f"the tokenizer gives id {highest}, the model embeds {entries} tokens. They do not "
+            "belong together: name a model with its own tokenizer."
+        )
 
 
 def count(model: Any) -> tuple[int, int]:

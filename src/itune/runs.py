@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,6 +223,44 @@ def locked(run: Run) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")
         file.flush()
         yield
+
+
+def wait_for(run: Run, seconds: float = 60.0) -> None:
+    """Wait until the first process has opened the run. Raises RunError when it never does."""
+    deadline = time.monotonic() + seconds
+    while not (run.dir / "run.json").is_file():
+        if time.monotonic() > deadline:
+            raise errors.RunError(f"{run.dir}: was not opened by the first process.")
+        time.sleep(0.05)
+
+
+def card(run: Run, recipe: recipes.Recipe, outcome: Mapping[str, Any]) -> str:
+    """The model card: what it was made from and how, for whoever meets the folder alone."""
+    manifest = run.manifest
+    base = recipe.model.name or "random weights"
+    front = [f"base_model: {base}"] if recipe.model.name else []
+    front += [f"library_name: {'peft' if recipe.adapter else 'transformers'}", "tags: [itune]"]
+    sources = ", ".join(sorted({source.path for source in recipe.data.train}))
+    heldout = outcome.get("heldout_loss")
+    loss = f"{outcome['loss']:.4f}" + ("" if heldout is None else f", held-out {heldout:.4f}")
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {recipe.name}",
+            "",
+            f"Made by `itune {manifest['command']}` {itune.__version__} from {base}, on {sources}: "
+            f"{outcome['steps']} steps, {outcome['tokens']:,} tokens, loss {loss} nats a token.",
+            "",
+            "The recipe:",
+            "",
+            "```yaml",
+            recipes.dump(recipe).strip(),
+            "```",
+            "",
+        ]
+    )
 
 
 # --- finding ------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from itune import batches, checkpoints, errors, losses, recipes, runs
+from itune import batches, checkpoints, errors, losses, models, recipes, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,6 +66,21 @@ class Job:
     plan: batches.Plan
     collate: Collate
     micro_batch_tokens: int
+
+
+def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
+    """Accelerate's handle on processes, precision and trackers, for a recipe."""
+    mixed = place.dtype == torch.bfloat16 and recipe.adapter is None
+    trackers = list(recipe.tracking.log_with)
+    made = Accelerator(
+        cpu=place.device.type == "cpu",
+        mixed_precision="bf16" if mixed else "no",
+        log_with=trackers or None,
+        project_dir=str(recipe.output.dir) if trackers else None,
+    )
+    if trackers:
+        made.init_trackers(recipe.tracking.project_name)
+    return made
 
 
 # --- optimiser and schedule ---------------------------------------------------------------
@@ -440,6 +455,9 @@ class _Loop:
     def _report(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.run.log(record)
+            if self.accelerator.trackers and record["step"] % self.settings.logging_steps == 0:
+                values = {k: v for k, v in record.items() if k != "step"}
+                self.accelerator.log(values, step=record["step"])
             self.watcher.step(record)
 
     def outcome(self) -> Outcome:

@@ -1,0 +1,194 @@
+"""The command line: options, and how each kind of error ends the process; nothing else."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from itune import __version__, errors
+
+app = typer.Typer(
+    name="itune",
+    help="Tune a language model on instructions, and prove that it got better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", metavar="FILE|NAME", help="The recipe, by path or by name."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key of the recipe."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One machine-readable result on standard output.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where the result goes.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--processes", "-p", metavar="N", min=1, help="Processes, one a device.")
+]
+PreviewOption = Annotated[
+    int, typer.Option("--preview", metavar="N", min=0, help="Show N examples as tokens, and stop.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Move an earlier run in the folder aside and start anew.")
+]
+AllowOption = Annotated[
+    list[str] | None,
+    typer.Option("--allow-change", metavar="KEY", help="Resume although this key differs."),
+]
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="The run; the newest under runs/ when left out."),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="A model instead of a run.")
+]
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeOption = None,
+    sets: SetOption = None,
+    output: OutputOption = None,
+    processes: ProcessesOption = None,
+    preview: PreviewOption = 0,
+    fresh: FreshOption = False,
+    allow_change: AllowOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a language model on plain text: from scratch, or on from another."""
+    from itune import commands
+
+    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)
+    commands.train(
+        "pretrain", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
+    )
+
+
+@app.command()
+def tune(
+    recipe: RecipeOption = None,
+    sets: SetOption = None,
+    output: OutputOption = None,
+    processes: ProcessesOption = None,
+    preview: PreviewOption = 0,
+    fresh: FreshOption = False,
+    allow_change: AllowOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Tune a model on prompts and answers; an unfinished run of the recipe is resumed."""
+    from itune import commands
+
+    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)
+    commands.train(
+        "tune", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
+    )
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeOption = None,
+    sets: SetOption = None,
+    output: OutputOption = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--predictions", metavar="FILE", help="Score a JSONL file; needs no model."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="NAME", help="A metric; repeatable.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="base|DIR|FILE", help="What to compare with, paired."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Rows of each task.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Score a run on its evaluation data, with intervals, beside the untuned model."""
+    from itune import commands
+
+    common = commands.Common(recipe, tuple(sets or ()), output, None, as_json, quiet)
+    commands.evaluate(
+        common,
+        commands.Judged(run, model, predictions, tuple(metric or ()), against, limit),
+    )
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="- reads standard input.")
+    ] = None,
+    run: RunOption = None,
+    model: ModelOption = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", "-i", metavar="FILE", help="JSONL: prompt, messages, or fields."),
+    ] = None,
+    output: OutputOption = None,
+    template: Annotated[
+        str | None, typer.Option("--template", metavar="NAME", help="Render prompts with it.")
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option("--field", metavar="KEY=VALUE", help="A column for the template."),
+    ] = None,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Answer prompts with a run's model."""
+    from itune import commands
+
+    common = commands.Common(None, tuple(sets or ()), output, None, as_json, quiet)
+    commands.generate(
+        common,
+        commands.Asked(tuple(prompts or ()), run, model, source, template, tuple(field or ())),
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"itune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; an error that a user can meet is one message and an exit code."""
+    try:
+        app()
+    except errors.ItuneError as error:
+        if error.exit_code == errors.ItuneError.exit_code:
+            raise
+        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("error: stopped before the first step; nothing was lost.\n")
+        sys.exit(130)

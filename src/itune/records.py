@@ -163,7 +163,7 @@ def _expected(error: Any, info: FieldInfo | None) -> str:
         expected, advice = "text that is not empty", " Give a value or leave the key out."
     else:
         name = _kind_of(kind, info)
-        expected = f"{KINDS.get(name, name)}{_bounds(info)}"
+        expected = f"{KINDS.get(name, name)} {bounds(info)}".strip()
         advice = _quotes(name, value)
     if value is None:
         advice = " Give a value or leave the key out."
@@ -171,12 +171,9 @@ def _expected(error: Any, info: FieldInfo | None) -> str:
 
 
 def _kind_of(kind: str, info: FieldInfo | None) -> str:
+    """The kind of value that pydantic's error type asks for."""
     if kind.startswith(("greater_than", "less_than")):
-        return (
-            "int"
-            if info is not None and int in (info.annotation, *get_args(info.annotation))
-            else "float"
-        )
+        return "int" if info is not None and "int" in str(info.annotation) else "float"
     return kind.split("_")[0]
 
 
@@ -205,21 +202,30 @@ def _choices(info: FieldInfo | None) -> list[str]:
     return inside(info.annotation) if info is not None else []
 
 
-def _bounds(info: FieldInfo | None) -> str:
-    """` > 0 and <= 1`, from the field's own limits."""
+def bounds(info: FieldInfo | None) -> str:
+    """`> 0 and <= 1`, from the field's own limits; nothing where it has none."""
+    if info is None:
+        return ""
     signs = (
         (annotated_types.Gt, "gt", ">"),
         (annotated_types.Ge, "ge", ">="),
         (annotated_types.Lt, "lt", "<"),
         (annotated_types.Le, "le", "<="),
     )
+    # The limits of `Annotated[int, Field(ge=1)] | None` are inside the annotation.
+    inside = [part for each in get_args(info.annotation) for part in _metadata(each)]
     found = [
         f"{sign} {getattr(limit, name)}"
-        for limit in (info.metadata if info is not None else ())
+        for limit in (*info.metadata, *inside)
         for kind, name, sign in signs
         if isinstance(limit, kind)
     ]
-    return f" {' and '.join(found)}" if found else ""
+    return " and ".join(found)
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    parts = getattr(annotation, "__metadata__", ())
+    return [limit for part in parts for limit in getattr(part, "metadata", [part])]
 
 
 # --- files shipped with itune, and names in them ------------------------------------------------

@@ -1,0 +1,157 @@
+"""Writes docs/recipe.md from the docstrings of the recipe's and the template's fields.
+
+python docs/make_recipe.py
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from itune import recipes, records, templates
+
+PAGE = Path(__file__).with_name("recipe.md")
+
+HEAD = """\
+# The recipe
+
+<!-- Written by `python docs/make_recipe.py` from the fields' docstrings. Edit those, not this. -->
+
+A recipe is one YAML file that holds all that decides a run. It is data, never code. The keys are
+the field names of the Hugging Face objects that they become.
+
+    model:      {name: HuggingFaceTB/SmolLM2-135M}
+    adapter:    {peft_type: lora, r: 16, target_modules: all-linear}
+    data:
+      train:    {path: stanfordnlp/imdb, split: train, template: sentiment}
+      eval:     {path: stanfordnlp/imdb, split: "test[:2000]", template: sentiment}
+    training:   {learning_rate: 2.0e-4, num_train_epochs: 1}
+
+`--recipe` takes a path, or a bare name: it is looked for in the working folder, in `./recipes`,
+then among the recipes that ship with itune. A name in a folder is written `quickstart/tune` or
+`quickstart-tune`.
+
+## Changing a recipe for one run
+
+`--set key=value`, as often as needed: the key is dotted, the value is YAML, the checks are those of
+the file.
+
+    --set training.learning_rate=1e-4
+    --set data.train.path=reviews.jsonl        (where `train` is one source)
+    --set data.train.1.weight=0.5              (where it is a list; the first is 0)
+    --set adapter=null                         (takes a section out)
+
+`--set training.max_steps=100` takes a `num_train_epochs` of the file out, and the other way round;
+given both in one place they are refused.
+
+## How the file is read
+
+YAML 1.2: `1e-5` is a number, `yes`, `no`, `on`, `off`, `08`, `12:30:45` and `2024-01-01` are text.
+Refused are a key given twice, tags (`!!python/...`), merge keys (`<<`), aliases that expand to more
+than 10 000 values or hold themselves, more than 50 levels, more than 1 MB, and anything but UTF-8.
+A number is not text nor text a number: `name: 7` and `seed: "7"` are both told. A section left
+empty has its defaults. Secrets are refused wherever they stand; itune reads them from the
+environment (`HF_TOKEN`). All faults are told at once:
+
+    recipes/x.yaml:9: training.leraning_rate: unknown key. Did you mean 'learning_rate'?
+
+Sections: """
+
+TEMPLATE = """\
+# The prompt template
+
+`prompts/NAME.yaml` says what a row becomes. Templates are found as recipes are, in `./prompts`.
+The texts are Jinja over the row's columns: a column that is missing or null is an error and never
+an empty text; no other file can be read; one text has at most a million characters. A `|` block of
+YAML ends with a line break, and so does its text; `|-` has none.
+"""
+
+KINDS = {str: "text", int: "whole number", float: "number", bool: "true, false", Path: "path"}
+
+
+def page() -> str:
+    """The whole page."""
+    names = records.keys_of(recipes.Recipe)
+    links = ", ".join(f"[{name}](#{name})" for name in names)
+    parts = [f"{HEAD}{links}.\n"]
+    for name in names:
+        parts.append(_section(name, recipes.Recipe.model_fields[name]))
+    parts += [TEMPLATE, _table(templates.Template)]
+    return "\n".join(parts)
+
+
+def _section(name: str, info: FieldInfo) -> str:
+    text = f"## {name}\n\n{_prose(info)}\n"
+    record = records.record_in(info.annotation)
+    if record is None:
+        return text
+    tables = [_table(record)]
+    for key, field in record.model_fields.items():
+        tables += list(_inner(f"{name}.{key}", field))
+    return "\n".join([text, *tables])
+
+
+def _inner(name: str, info: FieldInfo) -> Iterator[str]:
+    """The tables of the records inside a field; data.eval has those of data.train."""
+    record = records.record_in(info.annotation)
+    if record is None or name == "data.eval":
+        return
+    title = "data.train, data.eval" if name == "data.train" else name
+    yield f"### {title}\n\n{' '.join((record.__doc__ or '').split())}\n"
+    yield _table(record)
+    for key, field in record.model_fields.items():
+        yield from _inner(f"{name}.{key}", field)
+
+
+def _table(record: type[records.Record]) -> str:
+    lines = ["| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for key in records.keys_of(record):
+        info = record.model_fields[key]
+        cells = (f"`{key}`", _value(info), _default(key, info), _prose(info))
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _prose(info: FieldInfo) -> str:
+    return " ".join((info.description or "").split())
+
+
+def _value(info: FieldInfo) -> str:
+    return f"{_kind(info.annotation)} {records.bounds(info)}".strip()
+
+
+def _kind(annotation: Any) -> str:
+    """What a person writes for an annotation."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin in (Union, types.UnionType):
+        kinds = (_kind(part) for part in parts if part is not types.NoneType)
+        return " or ".join(dict.fromkeys(kinds))
+    if origin is tuple:
+        inner = _kind(parts[0])
+        return f"{inner} or a list of them" if inner == "section" else f"list of {inner}"
+    if origin is dict:
+        return "mapping"
+    if hasattr(annotation, "__metadata__"):
+        return _kind(parts[0])
+    return KINDS.get(annotation, "section")
+
+
+def _default(key: str, info: FieldInfo) -> str:
+    if info.is_required():
+        return "**needed**"
+    value = info.get_default(call_default_factory=True)
+    if key == "dir":
+        return "`runs/NAME`"
+    if value is None or value in ((), {}) or isinstance(value, records.Record):
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

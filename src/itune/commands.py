@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ def _still() -> None:
     import datasets
     import transformers
 
+    # transformers warns of a name that peft still uses; nobody who tunes can do anything about it.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
@@ -113,7 +116,6 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     place = models.placement(recipe.model.dtype)
     accelerator = training.accelerator(recipe, place)
     launching.check(accelerator)
-    screen.say(f"computing in {place.why}")
     settings = recipe.training
     with accelerator.main_process_first():
         tokenizer = _tokenizer(recipe, run)
@@ -122,9 +124,10 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
         heldout = data.heldout(recipe, encoder)
     screen.say(_counted("training data", corpus.counts))
-    base = recipe.model.name or recipe.name
+    base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
     models.check_fits(model, corpus, settings.max_length)
+    screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     model = adapters.attach(model, recipe.adapter, base=base, seed=settings.seed)
     kernel = model.config._attn_implementation
     padded = models.pack(model) if settings.packing else "training.packing is off"
@@ -403,6 +406,7 @@ def _answers(
     encoder = encoding.Encoder(models.tokenizer(location))
     wanted = decoding.settings(fields, encoder)
     model = models.load(recipes.Model(name=location), place)
+    models.take_threads(model, place)
     torch.manual_seed(seed)
     # A chunk at a time, so that what is answered is written before the rest is begun.
     for start in range(0, len(waiting), decoding.BATCH_ROWS):

@@ -11,7 +11,12 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from itune.errors import inert
+from itune import errors
+
+
+def inert(text: str) -> str:
+    """The text with everything that could drive a terminal spelt out; newlines and tabs stay."""
+    return "".join(each if each in "\n\t" else errors.inert(each) for each in text)
 
 class Screen:
     """The user's terminal: everything but results goes to standard error."""

@@ -182,6 +182,7 @@ class _Answerer:
         self.encoder = encoder or encoding.Encoder(models.tokenizer(location))
         self.model = models.load(recipes.Model(name=location), place)
         self.model.eval()
+        models.take_threads(self.model, place)
         self.wanted = decoding.settings(recipe.generation, self.encoder)
         room = min(decoding.context(self.model), 1 << 20)
         longest = room - min(int(self.wanted.max_new_tokens), room // 2)

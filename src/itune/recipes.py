@@ -176,8 +176,10 @@ class Training(Record):
     """Decides every random choice: weights from scratch, order of rows, wordings, dropout."""
     save_steps: Steps = 0.1
     """Steps from one checkpoint to the next; below 1 a share of all steps."""
-    eval_steps: Steps = 0.1
+    eval_steps: Steps = 0.25
     """Steps from one measurement of the held-out loss to the next; below 1 a share of all."""
+    heldout_rows: Annotated[Whole, Field(ge=0)] = 256
+    """Rows of the evaluation data on which the held-out loss is measured; 0 measures none."""
     logging_steps: Annotated[Whole, Field(ge=1)] = 1
     """Steps from one line of progress to the next; `log.jsonl` has every step."""
     save_total_limit: Annotated[Whole, Field(ge=1)] = 2

@@ -93,6 +93,9 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return False
         return super().is_safe_attribute(obj, attr, value)
 
+    def wrap_str_format(self, value: Any) -> None:
+        """No `str.format` in Jinja's safe wrapping either: it can still pad without end."""
+
     def getattr(self, obj: Any, attribute: str) -> Any:
         """`answers.items` is the field called items where there is one, not the dict's method."""
         if isinstance(obj, Mapping) and attribute in obj:

@@ -40,7 +40,7 @@ CAUSES = {
     "mapping values are not allowed": "a ': ' inside a value. Put the value in quotes.",
     "could not find expected ':'": "a line that is neither 'key: value' nor '- item'. Mend it.",
     "unexpected end of stream": "the text ends inside quotes. Close them.",
-    "expected <block end>": "the indentation does not fit the lines above. Align it.",
+    "expected <block end>": "wrong indentation, or text after a closing ] } or quote. Mend it.",
     "expected ',' or ']'": "a list is not closed, or lacks a comma. Mend it.",
     "expected ',' or '}'": "a mapping is not closed, or lacks a comma. Mend it.",
     "expected the node content": "a value is missing. Write it or delete its key.",
@@ -231,7 +231,7 @@ class _Composer:
                 count += 1
                 if count > 1:
                     raise self.refusal(event.start_mark, "a second document (---). Keep one.")
-                node = self.node(next(self.events), 0)
+                node = self.node(next(self.events), 1)
         return node
 
     def node(self, event: Any, depth: int) -> _Node:
@@ -311,7 +311,7 @@ class _Composer:
 
     def key(self, event: Any, depth: int) -> str:
         value = self.node(event, depth + 1).value
-        if value == "<<":
+        if value == "<<" and event.implicit[0]:  # as text, in quotes, it is a key like any
             raise self.refusal(
                 event.start_mark, "the merge key << is not part of YAML 1.2. Write the keys out."
             )
@@ -373,6 +373,14 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Line breaks other than \\n are lost but in double quotes, where they are escaped."""
+        style = '"' if any(each in data for each in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 for _tag, _pattern, _first in (

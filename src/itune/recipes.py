@@ -316,10 +316,8 @@ def load(
     else:
         path = records.find(source, "recipes", errors.RecipeError)
         text = yamls.read_text(path, errors.RecipeError)
-        document, name = (
-            yamls.parse(text, errors.inert(str(path)), errors.RecipeError),
-            name_of(path),
-        )
+        document = yamls.parse(text, errors.inert(str(path)), errors.RecipeError)
+        name = name_of(path)
     for each in overrides:
         checks.override(document, each)
     if output is not None:

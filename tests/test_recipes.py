@@ -642,7 +642,7 @@ def test_diff_lists_dotted_keys_with_both_values() -> None:
 def test_recipes_are_never_changed() -> None:
     recipe = recipes.loads(GOOD)
     with pytest.raises(ValueError, match="frozen"):
-        recipe.training.seed = 3  # type: ignore[misc]
+        recipe.training.seed = 3
 
 
 # --- reference ----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -107,6 +107,34 @@ def itune(tmp_path: Path) -> Itune:
             timeout=timeout_s,
             check=False,
         )
+
+    return run
+
+
+class Ended(NamedTuple):
+    """How a command ended that ran in this process."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """`cli("tune", "-r", path)` in this process, where the libraries are imported already."""
+
+    def run(*arguments: object) -> Ended:
+        from itune.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["itune", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        written = capsys.readouterr()
+        return Ended(code, written.out, written.err)
 
     return run
 

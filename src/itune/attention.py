@@ -50,7 +50,9 @@ def _packed(
     longest = max(lengths)
     real = sum(n * n for n in lengths)
     if len(lengths) * longest * longest <= _WASTE * real:
-        out = _side_by_side(query, key, value, segments, _window(longest, sliding_window, query), options)
+        out = _side_by_side(
+            query, key, value, segments, _window(longest, sliding_window, query), options
+        )
     else:
         out = _one_by_one(query, key, value, lengths, sliding_window, options)
     return out, None
@@ -78,7 +80,9 @@ def _side_by_side(
 
     def spread(x: torch.Tensor) -> torch.Tensor:
         rows = x[0].transpose(0, 1).index_select(0, segments.gather.reshape(-1))
-        return rows.view(*shape, *rows.shape[1:]).transpose(1, 2)  # [examples, heads, longest, size]
+        return rows.view(*shape, *rows.shape[1:]).transpose(
+            1, 2
+        )  # [examples, heads, longest, size]
 
     out = F.scaled_dot_product_attention(
         spread(query), spread(key), spread(value), attn_mask=mask, is_causal=mask is None, **options

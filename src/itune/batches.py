@@ -232,7 +232,12 @@ def padded(corpus: data.Corpus, rows: np.ndarray, pad_id: int) -> Batch:
         targets[k, : len(row_ids)] = row_targets
         mask[k, : len(row_ids)] = 1
     positions = np.broadcast_to(np.arange(longest), shape).copy()
-    return Batch(*(torch.from_numpy(a) for a in (ids, positions, targets, mask)))
+    return Batch(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(targets),
+        mask=torch.from_numpy(mask),
+    )
 
 
 def padder(pad_id: int) -> Callable[[data.Corpus, np.ndarray], Batch]:

@@ -53,7 +53,7 @@ def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
     try:
         staged.mkdir(parents=True)
         _write(staged, state, run_id)
-        os.rename(staged, final)
+        staged.rename(final)
         _sync(folder)
     except (OSError, RuntimeError) as error:
         # torch and safetensors report a full disk as RuntimeErrors of their own.
@@ -139,7 +139,7 @@ def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
 
     Raises RunError when there are checkpoints but none is whole: starting anew would lose them.
     """
-    warnings = []
+    warnings: list[str] = []
     found = steps(folder)
     for path in found:
         why = fault(path, run_id)
@@ -176,7 +176,7 @@ def _rotate(folder: Path, run_id: str, keep: int) -> None:
             mine = False
         if mine:
             trash = path.with_name(f".trash-{path.name}")
-            os.rename(path, trash)
+            path.rename(trash)
             shutil.rmtree(trash)
 
 

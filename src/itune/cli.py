@@ -35,7 +35,8 @@ OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where the result goes.")
 ]
 ProcessesOption = Annotated[
-    int | None, typer.Option("--processes", "-p", metavar="N", min=1, help="Processes, one a device.")
+    int | None,
+    typer.Option("--processes", "-p", metavar="N", min=1, help="Processes, one a device."),
 ]
 PreviewOption = Annotated[
     int, typer.Option("--preview", metavar="N", min=0, help="Show N examples as tokens, and stop.")

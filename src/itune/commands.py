@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from itune import console, errors, launching, recipes, runs, templates
 
 if TYPE_CHECKING:
-    from itune import data, encoding, models, scoring
+    from itune import data, encoding, models
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,7 @@ class Common:
 
     def load(self, command: str) -> recipes.Recipe:
         """The recipe of the options."""
-        return recipes.load(
-            self.recipe, overrides=self.sets, output=self.output, command=command
-        )
+        return recipes.load(self.recipe, overrides=self.sets, output=self.output, command=command)
 
 
 def _still() -> None:
@@ -259,7 +257,7 @@ def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, num
     _still()
     encoder = encoding.Encoder(_tokenizer(recipe, None))
     corpus = data.corpus(recipe.data.train, encoder, recipe.training, visits=1)
-    shown = []
+    shown: list[dict[str, Any]] = []
     for index in corpus.epoch(0, recipe.training.seed)[:number]:
         span = slice(int(corpus.starts[index]), int(corpus.starts[index + 1]))
         ids, learnt = corpus.ids[span].tolist(), corpus.supervised[span].tolist()
@@ -348,6 +346,7 @@ class Asked:
 
 def generate(common: Common, asked: Asked) -> None:
     """`itune generate`: one answer a prompt, in their order."""
+    fields = _generation(common.sets)
     conversations = list(_conversations(asked))
     if not conversations:
         raise errors.OptionError(
@@ -361,7 +360,7 @@ def generate(common: Common, asked: Asked) -> None:
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]
-    for prompt, completion in _answers(common, asked, waiting, screen):
+    for prompt, completion in _answers(asked, fields, waiting, screen):
         answer = {
             "prompt": prompt,
             "response": completion.text,
@@ -374,14 +373,16 @@ def generate(common: Common, asked: Asked) -> None:
         elif common.json:
             _emit(common, answer)
         else:
-            screen.result(f"> {prompt}\n{completion.text}\n" if len(waiting) > 1 else completion.text)
+            screen.result(
+                f"> {prompt}\n{completion.text}\n" if len(waiting) > 1 else completion.text
+            )
     if common.output is not None:
         screen.say(f"{len(waiting)} answers written to {common.output}")
 
 
 def _answers(
-    common: Common,
     asked: Asked,
+    given: Mapping[str, Any],
     waiting: Sequence[tuple[str, list[Any]]],
     screen: console.Screen,
 ) -> Iterator[tuple[str, Any]]:
@@ -402,7 +403,7 @@ def _answers(
         location = str(run.dir)
         recipe = run.recipe
         fields, seed = dict(recipe.generation), recipe.training.seed
-    fields.update(_generation(common.sets))
+    fields.update(given)
     encoder = encoding.Encoder(models.tokenizer(location))
     wanted = decoding.settings(fields, encoder)
     model = models.load(recipes.Model(name=location), place)
@@ -432,43 +433,46 @@ def _generation(sets: Sequence[str]) -> dict[str, Any]:
 
 
 def _conversations(asked: Asked) -> Iterator[tuple[str, list[Any]]]:
-    from itune import formats
-
+    """(prompt as shown, messages) of each thing that is asked, in order."""
     template = templates.load(asked.template) if asked.template else None
-
-    def messages(row: Mapping[str, Any], where: str) -> tuple[str, list[Any]]:
-        if "messages" in row and template is None:
-            turns = list(formats.conversation(row, answered=False).messages)
-            return turns[-1].content, turns
-        prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise errors.DataError(
-                f"{where}: no prompt. A row needs `prompt`, `messages`, or --template with its "
-                "fields."
-            )
-        system = (
-            [formats.Message("system", template.system)] if template and template.system else []
-        )
-        return prompt, [*system, formats.Message("user", prompt)]
-
     if asked.fields:
         if template is None:
             raise errors.OptionError("--field: for which template? Name it with --template NAME.")
-        row = {}
-        for item in asked.fields:
-            key, sign, value = item.partition("=")
-            if not sign or not key:
-                raise errors.OptionError(f"--field {item}: expected key=value.")
-            row[key] = value
-        yield messages(row, "--field")
+        yield _asked(_fields(asked.fields), "--field", template)
     for prompt in asked.prompts:
         text = sys.stdin.read().strip() if prompt == "-" else prompt
-        yield messages({"prompt": text}, "prompt") if template is None else messages(
-            {name: text for name in template.columns()}, "prompt"
-        )
+        names = ["prompt"] if template is None else sorted(template.columns())
+        yield _asked(dict.fromkeys(names, text), "prompt", template)
     if asked.input is not None:
         for number, row in _json_lines(asked.input):
-            yield messages(row, f"{asked.input}:{number}")
+            yield _asked(row, f"{asked.input}:{number}", template)
+
+
+def _asked(
+    row: Mapping[str, Any], where: str, template: templates.Template | None
+) -> tuple[str, list[Any]]:
+    from itune import formats
+
+    if "messages" in row and template is None:
+        turns = list(formats.conversation(row, answered=False).messages)
+        return turns[-1].content, turns
+    prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise errors.DataError(
+            f"{where}: no prompt. A row needs `prompt`, `messages`, or --template with its fields."
+        )
+    system = [formats.Message("system", template.system)] if template and template.system else []
+    return prompt, [*system, formats.Message("user", prompt)]
+
+
+def _fields(given: Sequence[str]) -> dict[str, str]:
+    row = {}
+    for item in given:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise errors.OptionError(f"--field {item}: expected key=value.")
+        row[key] = value
+    return row
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -18,6 +18,7 @@ def inert(text: str) -> str:
     """The text with everything that could drive a terminal spelt out; newlines and tabs stay."""
     return "".join(each if each in "\n\t" else errors.inert(each) for each in text)
 
+
 class Screen:
     """The user's terminal: everything but results goes to standard error."""
 
@@ -116,9 +117,7 @@ class _Bar:
         seconds = record["seconds"] - self.begun_seconds
         rate = (record["tokens"] - self.begun_tokens) / seconds if seconds > 0 else 0.0
         left = (self.tokens - record["tokens"]) / rate if rate else 0.0
-        text = (
-            f"loss {record['loss']:.4f}  {rate:,.0f} tokens/s  {_clock(left)} left"
-        )
+        text = f"loss {record['loss']:.4f}  {rate:,.0f} tokens/s  {_clock(left)} left"
         if "heldout_loss" in record:
             text += f"  held-out loss {record['heldout_loss']:.4f}"
         self.bar.update(self.task, completed=record["step"], description=text)

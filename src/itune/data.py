@@ -95,7 +95,9 @@ class Corpus:
         sample drawn anew each epoch. Each visit takes the wording that its number gives.
         """
         chosen = []
-        for number, (source, n_wordings) in enumerate(zip(self.sources, self.wordings, strict=True)):
+        for number, (source, n_wordings) in enumerate(
+            zip(self.sources, self.wordings, strict=True)
+        ):
             members = np.flatnonzero(self.source == number)
             for visit, share in _visits(source.weight, epoch):
                 picked = members
@@ -135,7 +137,8 @@ def load(source: recipes.Source) -> datasets.Dataset:
 
     split = source.split or "train"
     path = Path(source.path).expanduser()
-    files = sorted(glob.glob(str(path))) if glob.has_magic(source.path) else [str(path)]
+    # The pattern as the user typed it, relative or absolute: Path.glob takes relative ones alone.
+    files = sorted(glob.glob(str(path))) if glob.has_magic(source.path) else [str(path)]  # noqa: PTH207
     if not files:
         raise errors.DataError(
             f"{source.path}: no file matches, in {Path.cwd()}. Check the pattern."
@@ -428,7 +431,9 @@ def _encode_batch(
     try:
         encoded = encoder.conversations([e.messages for e in examples], train_on=train_on)
     except errors.DataError as error:
-        raise errors.DataError(f"{where} rows {indices[0] + 1}-{indices[-1] + 1}: {error}") from error
+        raise errors.DataError(
+            f"{where} rows {indices[0] + 1}-{indices[-1] + 1}: {error}"
+        ) from error
     for (index, row, wording), example, tokens in zip(jobs, examples, encoded, strict=True):
         fitted: encoding.Tokens | None = tokens
         if len(tokens.ids) > max_length:
@@ -438,9 +443,7 @@ def _encode_batch(
     return out
 
 
-def _needed(
-    template: templates.Template, seed: int, visits: int | None, row: int
-) -> Sequence[int]:
+def _needed(template: templates.Template, seed: int, visits: int | None, row: int) -> Sequence[int]:
     count = max(1, len(template.prompts))
     if visits is None or count == 1:
         return range(count)
@@ -485,7 +488,10 @@ def _cut(
     def encode(shorter: formats.Example) -> encoding.Tokens:
         return encoder.conversation(shorter.messages, train_on=train_on)
 
-    return _shortened(template, row, wording, encoder, limit, encode, lambda t: len(t.ids))
+    fitted: encoding.Tokens | None = _shortened(
+        template, row, wording, encoder, limit, encode, lambda t: len(t.ids)
+    )
+    return fitted
 
 
 def _shortened(
@@ -502,11 +508,7 @@ def _shortened(
     The wording around it stays whole: the question, the choices and the end of the prompt are
     where the model needs them. None when the limit cannot be kept so.
     """
-    texts = {
-        name: value
-        for name in template.columns()
-        if isinstance(value := row.get(name), str)
-    }
+    texts = {name: value for name in template.columns() if isinstance(value := row.get(name), str)}
     if not texts:
         return None
     column = max(texts, key=lambda name: len(texts[name]))

@@ -5,6 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def generate(
     as soon as it is there. Raises DataError for a prompt that leaves no room to answer.
     """
     model.eval()
-    _refuse_too_long(model, prompts, wanted.max_new_tokens)
+    for prompt in prompts:
+        _room_left(model, prompt)
     out: dict[int, Completion] = {}
     pad = encoder.tokenizer.pad_token_id
     stops = set(wanted.eos_token_id)
@@ -96,12 +98,15 @@ def generate(
         for k, i in enumerate(rows):
             ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[k, width - len(prompts[i]) :] = 1
+        # What the model's positions have no room for is not asked for; `stop` then says `length`.
+        within = copy.copy(wanted)
+        within.max_new_tokens = min(wanted.max_new_tokens, context(model) - width)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             made = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                generation_config=wanted,
+                generation_config=within,
             )
         for i, new in zip(rows, made[:, width:].tolist(), strict=True):
             end = next((k for k, id_ in enumerate(new) if id_ in stops), None)
@@ -117,15 +122,14 @@ def generate(
     return [out[i] for i in range(len(prompts))]
 
 
-def _refuse_too_long(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    room = context(model)
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt) + new > room:
-            raise errors.DataError(
-                f"prompt {number}: {len(prompt)} tokens and generation.max_new_tokens ({new}) "
-                f"are more than the {room} that the model reads. Shorten it, or lower "
-                "--set generation.max_new_tokens=N."
-            )
+def _room_left(model: Any, prompt: Sequence[int]) -> int:
+    room = context(model) - len(prompt)
+    if room < 1:
+        raise errors.DataError(
+            f"a prompt of {len(prompt)} tokens fills the {context(model)} that the model reads, so "
+            "no answer fits. Shorten it."
+        )
+    return room
 
 
 def context(model: Any) -> int:
@@ -159,8 +163,11 @@ def choose(
         batch = batches.padded(corpus, part, pad).to(model.device)
         columns = (batch.targets != batches.IGNORED).any(0).nonzero().squeeze(1)
         output = model(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions,
-            use_cache=False, logits_to_keep=columns,
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=columns,
         )
         targets = batch.targets[:, columns]
         chances = output.logits.float().log_softmax(-1)  # [rows, columns, vocabulary]

@@ -34,8 +34,15 @@ class Piece:
 
     text: str
     answer: bool
-    tail: str = ""
-    """What the template writes after an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Literals:
+    """A template's own tokens: how many control, and for each piece how many follow its stop
+    token (None where it writes none)."""
+
+    controls: int
+    beyond: list[int | None]
 
 
 class Encoder:
@@ -49,12 +56,9 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         unknown = tokenizer.unk_token_id
-        self.control = frozenset(
-            id_ for id_ in tokenizer.added_tokens_decoder if id_ != unknown
-        )
+        self.control = frozenset(id_ for id_ in tokenizer.added_tokens_decoder if id_ != unknown)
         self._bare: Tokenizer | None = None
-        self._literal_counts: dict[tuple[tuple[str, bool], ...], int] = {}
-        self._beyond: dict[str, int | None] = {}
+        self._known: dict[tuple[tuple[str, bool], ...], _Literals] = {}
         probe = [formats.Message("user", "a"), formats.Message("assistant", "b")]
         ids = self.conversation(probe, train_on="assistant").ids
         self.stop_id: int = ids[-1]
@@ -93,9 +97,7 @@ class Encoder:
                     "training.train_on: last."
                 )
             pieces.append(Piece(before[len(done) :], answer=False))
-            written, said = after[len(before) :], messages[i].content.strip()
-            tail = written[written.rfind(said) + len(said) :] if said else written
-            pieces.append(Piece(written, answer=True, tail=tail))
+            pieces.append(Piece(after[len(before) :], answer=True))
             done = after
         if prompt:
             before = self._render(messages, prompt=True)
@@ -115,14 +117,18 @@ class Encoder:
         )
         return [list(ids) for ids in encoded["input_ids"]]
 
-    def _literal_count(self, messages: Messages, train_on: str, *, prompt: bool) -> int:
-        """How many control tokens the template alone writes around such a conversation."""
+    def _literals(self, messages: Messages, train_on: str, *, prompt: bool) -> _Literals:
+        """What the template alone writes around a conversation of such a shape."""
         shape = (*((m.role, bool(m.content.strip())) for m in messages), (train_on, prompt))
-        if shape not in self._literal_counts:
+        if shape not in self._known:
             pieces = self._pieces(_placed(messages), train_on, prompt=prompt)
-            literals = [part for piece in pieces for part in _PLACE.split(piece.text)[::2]]
-            self._literal_counts[shape] = sum(map(self._controls, self._tokenize(literals)))
-        return self._literal_counts[shape]
+            parts = [_PLACE.split(piece.text) for piece in pieces]
+            written = [part for each in parts for part in each[::2]]
+            self._known[shape] = _Literals(
+                controls=sum(map(self._controls, self._tokenize(written))),
+                beyond=[self._beyond_stop(each[-1]) for each in parts],
+            )
+        return self._known[shape]
 
     def _controls(self, ids: Iterable[int]) -> int:
         return sum(id_ in self.control for id_ in ids)
@@ -184,14 +190,14 @@ class Encoder:
         for messages, pieces in zip(batch, cut, strict=True):
             ids = flat[start : start + len(pieces)]
             start += len(pieces)
-            literal = self._literal_count(messages, train_on, prompt=prompt)
-            if sum(map(self._controls, ids)) != literal:
+            literals = self._literals(messages, train_on, prompt=prompt)
+            if sum(map(self._controls, ids)) != literals.controls:
                 ids = self._apart(messages, train_on, prompt=prompt)
-                if sum(map(self._controls, ids)) != literal:
+                if sum(map(self._controls, ids)) != literals.controls:
                     raise errors.DataError(
                         "the text turns into control tokens of the model. Take the row out."
                     )
-            out.append(self._joined(pieces, ids, prompt=prompt))
+            out.append(self._joined(pieces, ids, literals, prompt=prompt))
         return out
 
     def conversation(self, messages: Messages, *, train_on: str = "assistant") -> Tokens:
@@ -202,14 +208,16 @@ class Encoder:
         """Ids of the generation prompt after these messages."""
         return self.conversations([messages], prompt=True)[0].ids
 
-    def _joined(self, pieces: list[Piece], ids: list[list[int]], *, prompt: bool) -> Tokens:
+    def _joined(
+        self, pieces: list[Piece], ids: list[list[int]], literals: _Literals, *, prompt: bool
+    ) -> Tokens:
         out, supervised = [], []
         for number, (piece, piece_ids) in enumerate(zip(pieces, ids, strict=True)):
             if not piece.answer:
                 out += piece_ids
                 supervised += [False] * len(piece_ids)
                 continue
-            beyond = self._beyond_stop(piece.tail)
+            beyond = literals.beyond[number]
             if beyond is None:  # a template that ends an answer with no token of its own
                 stop, piece_ids = len(piece_ids), [*piece_ids, self.eos_id]
             else:
@@ -221,12 +229,10 @@ class Encoder:
         return Tokens(out, supervised)
 
     def _beyond_stop(self, tail: str) -> int | None:
-        """How many tokens the template writes after its stop token; None where it has none."""
-        if tail not in self._beyond:
-            (ids,) = self._tokenize([tail])
-            stops = [k for k, id_ in enumerate(ids) if id_ in self.control]
-            self._beyond[tail] = len(ids) - 1 - stops[-1] if stops else None
-        return self._beyond[tail]
+        """How many tokens of what follows an answer come after its stop token."""
+        (ids,) = self._tokenize([tail])
+        stops = [k for k, id_ in enumerate(ids) if id_ in self.control]
+        return len(ids) - 1 - stops[-1] if stops else None
 
     # --- plain text ------------------------------------------------------------------------
 

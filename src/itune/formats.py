@@ -59,7 +59,8 @@ def plain_text(row: Mapping[str, Any]) -> Example:
 def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
     """A row of `messages` (role, content) or ShareGPT's `conversations` (from, value).
 
-    `answered`: at least one turn must be the assistant's. The references are the last message where it is the assistant's. Raises DataError.
+    `answered`: at least one turn must be the assistant's. The references are the last message
+    where it is the assistant's. Raises DataError.
     """
     turns = row.get("messages")
     names = ("role", "content")
@@ -90,7 +91,9 @@ def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
         )
     role, content = turn[role_name], turn[content_name]
     if role not in ROLES:
-        raise errors.DataError(f"turn {number}: unknown role {role!r}.{errors.nearest(str(role), ROLES)}")
+        raise errors.DataError(
+            f"turn {number}: unknown role {role!r}.{errors.nearest(str(role), ROLES)}"
+        )
     if not isinstance(content, str):
         raise errors.DataError(f"turn {number}: expected a text, found {_shown(content)}.")
     return Message(ROLES[role], content)

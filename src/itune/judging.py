@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from itune import errors, recipes, runs, scoring
+from itune import metrics as metric_names
 
 if TYPE_CHECKING:
     from itune import data
@@ -43,6 +44,8 @@ class _Rival:
 def of_file(path: Path, metrics: Sequence[str], against: str | None) -> dict[str, Any]:
     """Scores of a JSONL file with `prediction` and `reference` or `references` on each line."""
     started = time.monotonic()
+    for name in metrics:
+        metric_names.check(name, "--metric")
     rows = _read_predictions(path)
     rival = None
     if against is not None:
@@ -78,9 +81,13 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 line = json.loads(text)
             except ValueError as error:
-                raise errors.DataError(f"{path}:{number}: not JSON: {error}. Mend the line.") from error
+                raise errors.DataError(
+                    f"{path}:{number}: not JSON: {error}. Mend the line."
+                ) from error
             if not isinstance(line, dict):
-                raise errors.DataError(f"{path}:{number}: expected an object {{...}}. Mend the line.")
+                raise errors.DataError(
+                    f"{path}:{number}: expected an object {{...}}. Mend the line."
+                )
             yield number, line
 
 
@@ -152,7 +159,9 @@ def of_model(
     result = {
         "run": None if run is None else str(run.dir),
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(answerer.tokens / answerer.seconds, 1) if answerer.seconds else None,
+        "tokens_per_second": round(answerer.tokens / answerer.seconds, 1)
+        if answerer.seconds
+        else None,
         "tasks": tasks,
     }
     if folder is None and run is not None:
@@ -321,8 +330,7 @@ def _scored(
     if rival is not None:
         if name not in rival.predictions:
             raise errors.DataError(
-                f"{rival.name}: no predictions for {name}."
-                f"{errors.nearest(name, rival.predictions)}"
+                f"{rival.name}: no predictions for {name}.{errors.nearest(name, rival.predictions)}"
             )
         theirs = rival.predictions[name]
         made["against"] = {
@@ -370,7 +378,9 @@ def _keep(
 
 def tables(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """(title, columns, rows) of each table: the scores, and their spread over wordings."""
-    compared = next((t["against"]["name"] for t in result["tasks"].values() if "against" in t), None)
+    compared = next(
+        (t["against"]["name"] for t in result["tasks"].values() if "against" in t), None
+    )
     columns = ["task", "metric", "rows", "score", "interval"]
     if compared is not None:
         columns += [compared, "interval", "difference", "interval", "p"]

@@ -35,13 +35,11 @@ def summed(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
     if not keeps_logits(model):
         logits = logits[:, columns]
     kept = learnt[:, columns]
-    return F.cross_entropy(
-        logits[kept].float(), batch.targets[:, columns][kept], reduction="sum"
-    )
+    return F.cross_entropy(logits[kept].float(), batch.targets[:, columns][kept], reduction="sum")
 
 
-def keeps_logits(model: torch.nn.Module) -> bool:
+def keeps_logits(model: Any) -> bool:
     """Whether the model's forward can be asked for the logits of some positions alone."""
-    inner = model.module if hasattr(model, "module") else model
+    inner = getattr(model, "module", model)
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return "logits_to_keep" in inspect.signature(base.forward).parameters

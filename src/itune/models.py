@@ -26,7 +26,9 @@ CLASSES = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-SMALL_MODEL = 5_000_000  # parameters. chosen: at 0.4M one thread was 13 times faster beside a busy core
+SMALL_MODEL = (
+    5_000_000  # parameters. chosen: at 0.4M one thread was 13 times faster beside a busy core
+)
 
 # Control tokens of a tokenizer trained here. No unknown token: bytes cover every text.
 PAD, BOS, EOS, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
@@ -191,12 +193,10 @@ def train_tokenizer(wanted: recipes.TokenizerRecipe, texts: Iterator[str]) -> An
         "show_progress": False,
         "initial_alphabet": alphabet,
     }
-    makers = {
-        "bpe": lambda: (kinds.BPE(), trainers.BpeTrainer(**common)),
-        "unigram": lambda: (kinds.Unigram(), trainers.UnigramTrainer(**common)),
-    }
-    model, trainer = makers[wanted.algorithm]()
-    built = Tokenizer(model)
+    if wanted.algorithm == "unigram":
+        built, trainer = Tokenizer(kinds.Unigram()), trainers.UnigramTrainer(**common)
+    else:
+        built, trainer = Tokenizer(kinds.BPE()), trainers.BpeTrainer(**common)
     # Every piece starts like a word inside a text, so that an answer's first word is the same
     # token as in the middle of a sentence.
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -284,7 +284,7 @@ def _only_causal(kind: str, name: str) -> None:
 
 def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int) -> Any:
     """A model with random weights from a recipe's `from_scratch`. Raises ModelError."""
-    known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    known = list(transformers.CONFIG_MAPPING.keys())
     if scratch.model_type not in known:
         raise errors.ModelError(
             f"model.from_scratch.model_type: unknown {scratch.model_type!r}."
@@ -312,7 +312,8 @@ def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
         raise errors.ModelError(
-            f"model.from_scratch: {scratch.model_type} cannot be built: {' '.join(str(error).split())}"
+            f"model.from_scratch: {scratch.model_type} cannot be built: "
+            f"{' '.join(str(error).split())}"
         ) from error
     if scratch.embedding_std is not None:
         draw = torch.Generator().manual_seed(seed)

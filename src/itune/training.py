@@ -9,6 +9,7 @@ import contextlib
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -396,7 +397,10 @@ class _Loop:
             self.at.bad_steps = 0
         else:
             self._bad(loss, norm)
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # A first step that is not applied is no mistake in the order of calls.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.scheduler.step()
         self.optimizer.zero_grad()
         self.at.step += 1
         self.at.tokens += step.tokens

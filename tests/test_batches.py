@@ -1,0 +1,60 @@
+"""The plan of steps: every row once an epoch, full steps, the same for the same seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from itune import batches
+
+LENGTHS = np.random.default_rng(0).integers(3, 60, 200)
+TARGETS = LENGTHS // 2
+
+
+def plan(**changes: object) -> batches.Plan:
+    options: dict[str, object] = {
+        "seed": 1,
+        "tokens_per_step": 400,
+        "micro_batch_tokens": 150,
+        "epochs": 2,
+        **changes,
+    }
+    return batches.plan(lambda _epoch: np.arange(200), LENGTHS, TARGETS, **options)  # type: ignore[arg-type]
+
+
+def rows(made: batches.Plan) -> list[int]:
+    return [int(r) for step in made.steps for rank in step.ranks for part in rank for r in part]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_row_is_seen_once_an_epoch(world: int) -> None:
+    assert sorted(rows(plan(world=world))) == sorted([*range(200)] * 2)
+
+
+def test_the_number_of_processes_does_not_change_what_a_step_sees() -> None:
+    one, three = plan(), plan(world=3)
+    assert len(one) == len(three)
+    for a, b in zip(one.steps, three.steps, strict=True):
+        assert (a.targets, a.tokens) == (b.targets, b.tokens)
+
+
+def test_steps_and_micro_batches_keep_their_limits() -> None:
+    for step in plan().steps:
+        assert step.tokens <= 400
+        for part in step.ranks[0]:
+            assert LENGTHS[part].sum() <= 150 or len(part) == 1
+    for step in plan(padded=True).steps:
+        for part in step.ranks[0]:
+            assert LENGTHS[part].max() * len(part) <= 150 or len(part) == 1
+
+
+def test_the_plan_is_a_function_of_the_seed() -> None:
+    assert rows(plan()) == rows(plan())
+    assert rows(plan()) != rows(plan(seed=2))
+
+
+def test_max_steps_and_parts_of_epochs() -> None:
+    assert len(plan(max_steps=3)) == 3
+    assert len(plan(max_steps=100)) == 100
+    assert len(rows(plan(epochs=0.5))) == 100
+    assert plan(epochs=1.5).steps[-1].epoch == pytest.approx(1.5, abs=0.01)

@@ -27,8 +27,10 @@ quickstart: setup  ## make data, pretrain, tune, score and ask, from nothing, wi
 	$(BIN)/itune tune --recipe recipes/quickstart/tune.yaml
 	$(BIN)/itune eval --run runs/quickstart-tune
 	$(BIN)/itune generate --run runs/quickstart-tune \
-	  "Review: The plot was dull, but the music was wonderful. Is this review positive, negative or neutral?" \
-	  "Translate to French: the cat sees the red ball"
+	  "Is this review positive or negative? The bed was anything but dreadful, but the view was poor." \
+	  "Translate to French: The old farmer sees two black horses." \
+	  "Clara is a baker. She lives near the park. She has a red clock. What does Clara have?" \
+	  "Write a couplet about the happy dog and the moon."
 
 test: setup  ## the tests that a change must pass: under five minutes on two cores
 	$(PYTEST) -m "not slow and not gpu"

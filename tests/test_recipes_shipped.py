@@ -39,8 +39,24 @@ ROWS: dict[str, tuple[Row, str, list[str]]] = {
         "5",
         ["5"],
     ),
-    "couplet": ({"topic": "rain", "couplet": "Rain,\nagain."}, "Rain,\nagain.", ["Rain,\nagain."]),
+    "quickstart-couplet": (
+        {"topic": "rain", "couplet": "Rain,\nhail."},
+        "Rain,\nhail.",
+        ["Rain,\nhail."],
+    ),
+    "quickstart-summary": (
+        {"text": "Anna went. She came.", "summary": "Anna went."},
+        "Anna went.",
+        ["Anna went."],
+    ),
+    "quickstart-translation": (
+        {"english": "A dog.", "french": "Un chien."},
+        "Un chien.",
+        ["Un chien."],
+    ),
 }
+ROWS["quickstart-sentiment"] = ROWS["sentiment"]
+ROWS["quickstart-questions"] = ROWS["squad"]
 MESSAGES = [
     {"role": "user", "content": "Hello."},
     {"role": "assistant", "content": "Hello to you."},

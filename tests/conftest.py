@@ -120,7 +120,9 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
     """`cli("tune", "-r", path)` in this process, where the libraries are imported already."""
 
     def run(*arguments: object) -> Ended:

@@ -110,7 +110,9 @@ def test_the_whole_loop(tuned: Path, cli: Callable[..., Any]) -> None:
     assert set(result) == {"run", "seconds", "tokens_per_second", "tasks"}
     mood = result["tasks"]["mood"]
     assert mood["scores"]["f1"]["value"] > 0.9
-    assert mood["scores"]["f1"]["low"] <= mood["scores"]["f1"]["value"] <= mood["scores"]["f1"]["high"]
+    assert (
+        mood["scores"]["f1"]["low"] <= mood["scores"]["f1"]["value"] <= mood["scores"]["f1"]["high"]
+    )
     assert mood["against"]["difference"]["f1"]["p_value"] < 0.05
     assert len(mood["wordings"]) == 2
     assert set(result["tasks"]["place"]["scores"]) == {"squad_em", "squad_f1"}
@@ -118,7 +120,9 @@ def test_the_whole_loop(tuned: Path, cli: Callable[..., Any]) -> None:
     assert kept["tasks"] == result["tasks"]
     lines = (run / "evals" / "all" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 20 * 2 + 10
-    assert {"task", "row", "prompt", "prediction", "references", "against"} <= set(json.loads(lines[0]))
+    assert {"task", "row", "prompt", "prediction", "references", "against"} <= set(
+        json.loads(lines[0])
+    )
 
     shown = cli("eval", "--metric", "rouge", "--limit", "5", "--against", "runs/tune")
     assert shown.code == 0, shown.err
@@ -191,14 +195,19 @@ def test_predictions_from_a_file_are_scored_without_a_model(
 
     said = ["the cat sat on the mat today", "a dog ran home", "no"]
     gold = [["the cat sat on a mat today"], ["a dog ran home", "the dog went home"], ["yes"]]
-    write(tmp_path / "p.jsonl", [{"prediction": p, "references": r} for p, r in zip(said, gold, strict=True)])
+    write(
+        tmp_path / "p.jsonl",
+        [{"prediction": p, "references": r} for p, r in zip(said, gold, strict=True)],
+    )
     result = json.loads(cli("eval", "--predictions", "p.jsonl", "--metric", "bleu", "--json").out)
     streams = [[r[0] for r in gold], [r[1] if len(r) > 1 else None for r in gold]]
     expected = sacrebleu.corpus_bleu(said, streams).score  # type: ignore[arg-type]
     assert result["tasks"]["predictions"]["scores"]["bleu"]["value"] == pytest.approx(expected)
 
 
-def test_the_preview_marks_what_is_learnt(tmp_path: Path, cli: Callable[..., Any], tiny_model_dir: Path) -> None:
+def test_the_preview_marks_what_is_learnt(
+    tmp_path: Path, cli: Callable[..., Any], tiny_model_dir: Path
+) -> None:
     world(tmp_path)
     options = ("-r", "tune.yaml", "-s", f"model.name={tiny_model_dir}", "--preview", "2")
     shown = cli("tune", *options, "--json")
@@ -254,7 +263,9 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(
     world(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    ended = cli("tune", "-r", "tune.yaml", "-s", f"model.name={tiny_model_dir}", "-o", "mine", "--fresh")
+    ended = cli(
+        "tune", "-r", "tune.yaml", "-s", f"model.name={tiny_model_dir}", "-o", "mine", "--fresh"
+    )
     assert ended.code == 2
     assert "not a run" in ended.err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
@@ -278,7 +289,9 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(
     assert process.returncode == 75, said
     assert "Run the same command again" in said
     done = len(log.read_text().splitlines())
-    again = itune(*line, "--allow-change", "training.num_train_epochs", "-s", "training.num_train_epochs=1")
+    again = itune(
+        *line, "--allow-change", "training.num_train_epochs", "-s", "training.num_train_epochs=1"
+    )
     assert again.returncode in {0, 2}, again.stderr
     assert done >= 1
 
@@ -293,7 +306,10 @@ def test_two_processes_train_what_one_does(
     two = itune(*line, "-o", "runs/two", "--processes", "2")
     assert two.returncode == 0, two.stderr
     one_log, two_log = (
-        [json.loads(text) for text in (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()]
+        [
+            json.loads(text)
+            for text in (tmp_path / "runs" / name / "log.jsonl").read_text().splitlines()
+        ]
         for name in ("one", "two")
     )
     assert json.loads((tmp_path / "runs/two/run.json").read_text())["processes"] == 2
@@ -301,6 +317,13 @@ def test_two_processes_train_what_one_does(
     for one, other in zip(one_log, two_log, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_two_processes_pretrain_from_nothing(tmp_path: Path, itune: Callable[..., Any]) -> None:
+    world(tmp_path)
+    made = itune("pretrain", "-r", "pre.yaml", "--processes", "2", "-s", "training.max_steps=3")
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "runs/pre/model/tokenizer.json").is_file()
 
 
 def test_accelerate_launches_it(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -225,7 +225,7 @@ FIELDS = {
     "than tokens_per_step, 16384. Lower it or leave it out.",
     "training: {packing: yes}": "x.yaml:4: training.packing: expected true or false, found 'yes'.",
     "training: {optim: adamw}": "x.yaml:4: training.optim: expected one of adamw_torch_fused, "
-    "adamw_torch, adafactor, sgd, muon, found 'adamw'.",
+    "adamw_torch, adafactor, sgd, found 'adamw'.",
     "training: {train_on: lst}": "x.yaml:4: training.train_on: expected one of assistant, last, "
     "found 'lst'. Did you mean 'last'?",
     "training: [1]": "x.yaml:4: training: expected a mapping of keys, found a list of 1.",

@@ -74,7 +74,9 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
 
     def state(step: int) -> checkpoints.State:
         weights = {"w": torch.full((3,), float(step))}
-        return checkpoints.State(step, weights, {"s": torch.ones(2)}, {}, [torch.get_rng_state()], {})
+        return checkpoints.State(
+            step, weights, {"s": torch.ones(2)}, {}, [torch.get_rng_state()], {}
+        )
 
     for step in (1, 2, 3, 4):
         checkpoints.save(folder, state(step), run_id="mine", keep=2)
@@ -112,7 +114,8 @@ adapter: {{peft_type: lora, r: 4, target_modules: all-linear, lora_dropout: 0.1}
 data:
   train: {{path: rows.jsonl, template: ./ask.yaml}}
   eval: {{path: rows.jsonl, template: ./ask.yaml, limit: 8}}
-training: {{max_steps: 12, tokens_per_step: 300, micro_batch_tokens: 120, max_length: 128, save_steps: 4}}
+training:
+  {{max_steps: 12, tokens_per_step: 300, micro_batch_tokens: 120, max_length: 128, save_steps: 4}}
 """
 TEMPLATE = """
 task: qa
@@ -173,7 +176,9 @@ def test_a_finished_run_does_nothing_and_another_recipe_is_refused(
     again = cli("tune", "-r", "tune.yaml", *short)
     assert again.code == 0
     assert "already complete" in again.err
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    assert before == {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()
+    }
     other = cli("tune", "-r", "tune.yaml", *short, "--set", "training.learning_rate=0.5")
     assert other.code == 2
     assert "training.learning_rate" in other.err

@@ -184,7 +184,7 @@ def indefinite(words: str) -> str:
 
 
 def review(rng: random.Random) -> Item:
-    """A guest's review; the clause after "but", the main clause beside "although" decide the label."""
+    """A review; the clause after "but", the main clause beside "although" decide the label."""
     good = rng.random() < 0.5
     first, second = rng.sample(ASPECTS, 2)
     pairs: set[Pair] = set()
@@ -450,40 +450,50 @@ def hold_out(rng: random.Random, share: float) -> dict[str, frozenset[Pair]]:
     return {split: frozenset(pairs) for split, pairs in kept.items()}
 
 
-def split_of(item: Item, kept: dict[str, frozenset[Pair]]) -> str | None:
-    """`train` if no kept pair meets in the text, `dev` or `test` if it is about one, else None.
+class Kept:
+    """The held-out pairs, looked up by either word."""
 
-    Stricter for training than it need be: where room + superb is kept, "the room was dull, but the
-    bed was superb" is refused there, though superb is said of the bed.
-    """
-    found = {
-        word.lower()
-        for word in re.findall(r"\w+", item.prose + json.dumps(item.row, ensure_ascii=False))
-    }
-    found |= {word[:-1] for word in found if word.endswith("s")}
-    met = {
-        split
-        for split, pairs in kept.items()
-        if any(a.lower() in found and b.lower() in found for a, b in pairs)
-    }
-    if not met:
-        return "train"
-    split = met.pop()
-    return split if not met and item.pairs & kept[split] else None
+    def __init__(self, pairs: dict[str, frozenset[Pair]]) -> None:
+        self.pairs = pairs
+        self.partners: dict[str, dict[str, str]] = {}
+        for split, kept in pairs.items():
+            for first, second in kept:
+                self.partners.setdefault(first.lower(), {})[second.lower()] = split
+
+    def split_of(self, item: Item) -> str | None:
+        """`train` if no kept pair meets in the text, `dev` or `test` if it is about one, else None.
+
+        Stricter for training than it need be: where room + superb is kept, "the room was dull, but
+        the bed was superb" is refused there, though superb is said of the bed.
+        """
+        found = {word.lower() for word in re.findall(r"\w+", f"{item.prose} {item.row}")}
+        found |= {word[:-1] for word in found if word.endswith("s")}
+        met = {
+            split
+            for first in found & self.partners.keys()
+            for second, split in self.partners[first].items()
+            if second in found
+        }
+        if not met:
+            return "train"
+        split = met.pop()
+        return split if not met and item.pairs & self.pairs[split] else None
 
 
 def draw(
     kind: Callable[[random.Random], Item],
     seed: str,
-    kept: dict[str, frozenset[Pair]],
+    kept: Kept,
     wanted: dict[str, int],
 ) -> dict[str, list[Item]]:
     """As many different texts of each split as wanted, or fewer where the grammar has no more."""
     rng, seen = random.Random(seed), set[str]()
     drawn: dict[str, list[Item]] = {split: [] for split in wanted}
     for _ in range(10 * sum(wanted.values())):
+        if all(len(drawn[split]) == n for split, n in wanted.items()):
+            break
         item = kind(rng)
-        split = split_of(item, kept)
+        split = kept.split_of(item)
         if split is not None and item.prose not in seen and len(drawn[split]) < wanted[split]:
             seen.add(item.prose)
             drawn[split].append(item)
@@ -499,7 +509,7 @@ def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def make(output: Path, seed: int, rows: int) -> None:
     """All files: `rows` training rows for each task, and twice as many paragraphs of plain text."""
     output.mkdir(parents=True, exist_ok=True)
-    kept = hold_out(random.Random(f"{seed} pairs"), share=0.06)
+    kept = Kept(hold_out(random.Random(f"{seed} pairs"), share=0.06))
     plain: list[str] = []
     unseen: list[str] = []
     for task, kind in TASKS.items():

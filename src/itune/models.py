@@ -153,7 +153,8 @@ def adapter_of(location: str) -> dict[str, Any] | None:
 
 def tokenizer(name: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a model or run, with a chat template: its own, or itune's plain one."""
-    location = resolve(name)
+    alone = (Path(name) / "tokenizer.json").is_file()
+    location = name if alone else resolve(name)
     loaded = from_library(
         name, lambda: transformers.AutoTokenizer.from_pretrained(location, revision=revision)
     )
@@ -193,6 +194,7 @@ def train_tokenizer(wanted: recipes.TokenizerRecipe, texts: Iterator[str]) -> An
         "show_progress": False,
         "initial_alphabet": alphabet,
     }
+    trainer: Any
     if wanted.algorithm == "unigram":
         built, trainer = Tokenizer(kinds.Unigram()), trainers.UnigramTrainer(**common)
     else:

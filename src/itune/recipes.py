@@ -160,12 +160,8 @@ class Training(Record):
     """How often all the training rows are seen; not together with `max_steps`."""
     max_steps: Annotated[Whole, Field(ge=-1)] = -1
     """Stop after this many optimizer steps; -1 counts epochs instead."""
-    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "muon"] = (
-        "adamw_torch_fused"
-    )
-    """The optimizer, as transformers names it, or muon (on matrices; AdamW on the rest)."""
-    muon_learning_rate: Annotated[Number, Field(gt=0, le=10)] = 0.02
-    """The highest learning rate of the matrices under muon; the rest has `learning_rate`."""
+    optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
+    """The optimizer, as transformers names it."""
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     """Decay of Adam's mean of gradients."""
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999

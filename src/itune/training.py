@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from itune import data
 
 MAX_BAD_STEPS = 3
-MUON_MOMENTUM = 0.95  # Jordan et al. 2024, "Muon: an optimizer for hidden layers"
 
 Collate = Callable[["data.Corpus", "np.ndarray"], batches.Batch]
 
@@ -87,50 +86,12 @@ def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
 # --- optimiser and schedule ---------------------------------------------------------------
 
 
-class Together(torch.optim.Optimizer):
-    """Several optimisers over disjoint parameters, stepped as one."""
-
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
-        self.parts = parts
-        groups = [group for part in parts for group in part.param_groups]
-        super().__init__(groups, {})
-        # The schedule writes rates into our groups, and the parts must read the same objects.
-        self.param_groups = groups
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of each part."""
-        for part in self.parts:
-            part.step(closure)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The parts' states, in order."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore every part."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-
 def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
     """The optimiser that `training.optim` names, over the trainable parameters.
 
     Matrices decay, vectors (biases, norms) do not.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if settings.optim == "muon":
-        table = {id(p) for p in (model.get_input_embeddings().weight, *_head(model))}
-        hidden = [(n, p) for n, p in named if p.ndim == 2 and id(p) not in table]
-        if hidden:
-            rest = [(n, p) for n, p in named if p.ndim != 2 or id(p) in table]
-            muon = torch.optim.Muon(
-                [p for _, p in hidden],
-                lr=settings.muon_learning_rate,
-                momentum=MUON_MOMENTUM,
-                weight_decay=settings.weight_decay,
-            )
-            return Together([muon, _adamw(rest, settings, fused=True)])
     if settings.optim == "sgd":
         return torch.optim.SGD(_groups(named, settings), lr=settings.learning_rate)
     if settings.optim == "adafactor":
@@ -141,11 +102,6 @@ def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
             relative_step=False,
         )
     return _adamw(named, settings, fused=settings.optim != "adamw_torch")
-
-
-def _head(model: Any) -> list[Any]:
-    head = model.get_output_embeddings()
-    return [] if head is None else [head.weight]
 
 
 def _groups(named: list[tuple[str, Any]], settings: recipes.Training) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: setup  ## make data, pretrain, tune, score and ask, from nothing, without a network: some minutes
-	$(BIN)/python recipes/quickstart/make_data.py --output .quickstart
+	$(BIN)/python recipes/quickstart/make_data.py --output .quickstart --rows 3000
 	$(BIN)/itune pretrain --recipe recipes/quickstart/pretrain.yaml
 	$(BIN)/itune tune --recipe recipes/quickstart/tune.yaml
 	$(BIN)/itune eval --run runs/quickstart-tune

@@ -357,10 +357,10 @@ def test_no_training_source_is_told() -> None:
     assert "expected at least one source" in faults("model: {name: m}\ndata: {train: []}\n")[0]
 
 
-def test_quantized_weights_need_an_adapter_to_train() -> None:
+@pytest.mark.parametrize("command", ["pretrain", "tune", "eval", "generate"])
+def test_a_section_that_nothing_implements_is_refused(command: str) -> None:
     text = GOOD + "quantization: {quant_method: bitsandbytes}\n"
-    assert "quantized weights cannot be trained" in faults(text, "tune")[0]
-    assert recipes.loads(text, command="eval").quantization == {"quant_method": "bitsandbytes"}
+    assert "quantization: unknown key" in faults(text, command)[0]
 
 
 # --- secrets ------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def check(document: yamls.Document, command: str) -> None:
             ("name",), "unknown key. A recipe is named by its file; the model's name is model.name."
         )
     _refuse_secrets(document, document.data, ())
-    _check_model(document, command)
+    _check_model(document)
     _check_data(document, command)
     _check_training(document)
     metrics = _section(document, "evaluation").get("metrics")
@@ -78,7 +78,7 @@ def _both(document: yamls.Document, first: yamls.Key, second: yamls.Key) -> None
     )
 
 
-def _check_model(document: yamls.Document, command: str) -> None:
+def _check_model(document: yamls.Document) -> None:
     model = _section(document, "model")
     given = [key for key in ("name", "from_scratch") if model.get(key) is not None]
     if len(given) == 2:
@@ -88,10 +88,6 @@ def _check_model(document: yamls.Document, command: str) -> None:
     adapter = document.data.get("adapter")
     if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
         document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
-    if adapter is None and _section(document, "quantization") and command in TRAINING_COMMANDS:
-        document.fault(
-            ("quantization",), "quantized weights cannot be trained. Add an adapter section."
-        )
 
 
 def _check_data(document: yamls.Document, command: str) -> None:

@@ -37,8 +37,8 @@ Steps = Annotated[Number, Field(gt=0), pydantic.AfterValidator(_share_or_count)]
 class TokenizerRecipe(Record):
     """A tokenizer trained on the training data before the model starts."""
 
-    algorithm: Literal["bpe", "unigram", "wordpiece", "wordlevel"] = "bpe"
-    """How text is cut: bpe (over bytes), unigram, wordpiece or wordlevel."""
+    algorithm: Literal["bpe", "unigram"] = "bpe"
+    """How text is cut: bpe (over bytes) or unigram."""
     vocab_size: Annotated[Whole, Field(ge=16, le=10_000_000)]
     """Entries of the vocabulary, special tokens included."""
 
@@ -257,8 +257,6 @@ class Recipe(Record):
     """The recipe's name, from its file; not a key."""
     model: Model
     """The model to start from."""
-    quantization: dict[str, Any] | None = None
-    """Load the base in fewer bits: the fields of the config named by `quant_method`."""
     adapter: dict[str, Any] | None = None
     """Train an adapter: the fields of the peft config named by `peft_type`."""
     data: Data

@@ -29,7 +29,7 @@ quickstart: setup  ## make data, pretrain, tune, score and ask, from nothing, wi
 	$(BIN)/itune generate --run runs/quickstart-tune \
 	  "Is this review positive or negative? The bed was anything but dreadful, but the view was poor." \
 	  "Translate to French: The old farmer sees two black horses." \
-	  "Clara is a baker. She lives near the park. She has a red clock. What does Clara have?" \
+	  "Clara is a baker. She lives near the park. She has a red clock. On Monday she goes to the museum by bus. What does Clara have?" \
 	  "Write a couplet about the happy dog and the moon."
 
 test: setup  ## the tests that a change must pass: under five minutes on two cores

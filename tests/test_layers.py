@@ -168,7 +168,7 @@ def test_all_that_is_imported_is_declared() -> None:
             re.MULTILINE,
         )
     }
-    assert {"torch", "jieba", "ruff"} <= declared, "the pattern no longer reads pyproject.toml"
+    assert {"torch", "trackio", "ruff"} <= declared, "the pattern no longer reads pyproject.toml"
     used = set().union(*(roots(path) for path in PATHS)) - {"itune"} - set(sys.stdlib_module_names)
     missing = {DISTRIBUTION.get(name, name).replace("_", "-") for name in used} - declared
     assert not missing

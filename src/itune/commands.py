@@ -111,7 +111,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     from itune import adapters, batches, data, encoding, models, training
 
     _still()
-    place = models.placement(recipe.model.dtype)
+    place = models.placement(recipe.model)
     accelerator = training.accelerator(recipe, place)
     launching.check(accelerator)
     settings = recipe.training
@@ -393,7 +393,6 @@ def _answers(
     if not waiting:
         return
     _still()
-    place = models.placement()
     fields: dict[str, Any] = {}
     if asked.model is not None:
         location, seed = asked.model, 17
@@ -406,7 +405,9 @@ def _answers(
     fields.update(given)
     encoder = encoding.Encoder(models.tokenizer(location))
     wanted = decoding.settings(fields, encoder)
-    model = models.load(recipes.Model(name=location), place)
+    named = recipes.Model(name=location)
+    place = models.placement(named)
+    model = models.load(named, place)
     models.take_threads(model, place)
     torch.manual_seed(seed)
     # A chunk at a time, so that what is answered is written before the rest is begun.

@@ -187,9 +187,10 @@ class _Answerer:
         from itune import data, decoding, encoding, models
 
         self.recipe, self.location, self.limit, self.say = recipe, location, limit, say
-        place = models.placement(recipe.model.dtype)
+        named = recipes.Model(name=location, dtype=recipe.model.dtype)
+        place = models.placement(named)
         self.encoder = encoder or encoding.Encoder(models.tokenizer(location))
-        self.model = models.load(recipes.Model(name=location), place)
+        self.model = models.load(named, place)
         self.model.eval()
         models.take_threads(self.model, place)
         self.wanted = decoding.settings(recipe.generation, self.encoder)

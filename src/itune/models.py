@@ -46,30 +46,49 @@ class Placement:
     why: str
 
 
-def placement(dtype: str = "auto") -> Placement:
-    """The device and the dtype that it computes fast.
+def placement(wanted: recipes.Model) -> Placement:
+    """The device for a model and the dtype that it computes fast.
 
     bfloat16 on a processor without bfloat16 instructions runs tens of times slower than float32,
-    and most checkpoints come in bfloat16, so the checkpoint's own dtype decides nothing here.
+    and most checkpoints come in bfloat16, so the checkpoint's own dtype decides nothing here. On
+    a CPU that has them a small model stays in float32: its matrices are too small to gain.
     """
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
         name, able = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(False)
         kind = "bfloat16" if able else "float32"
-        reason = f"{name}, which {'computes' if able else 'lacks'} bfloat16"
+        reason = f"{name}, which {'has' if able else 'lacks'} bfloat16"
     elif torch.backends.mps.is_available():
         device, kind, reason = torch.device("mps"), "float32", "Apple GPU"
     else:
         device = torch.device("cpu")
         able = cpu_has_bfloat16()
-        kind = "bfloat16" if able else "float32"
-        reason = (
-            f"CPU ({torch.backends.cpu.get_cpu_capability()}), which "
-            f"{'computes' if able else 'lacks'} bfloat16"
-        )
-    if dtype != "auto":
-        kind, reason = dtype, f"{reason.split(',')[0]}, as model.dtype asks"
+        small = able and wanted.dtype == "auto" and size(wanted) < SMALL_MODEL
+        kind = "bfloat16" if able and not small else "float32"
+        why = "lacks" if not able else "gains nothing in so small a model from" if small else "has"
+        reason = f"CPU ({torch.backends.cpu.get_cpu_capability()}), which {why} bfloat16"
+    if wanted.dtype != "auto":
+        kind, reason = wanted.dtype, f"{reason.split(',')[0]}, as model.dtype asks"
     return Placement(device, DTYPES[kind], f"{kind} on {reason}")
+
+
+def size(wanted: recipes.Model) -> int:
+    """How many parameters a model has, from its config: no weight is read."""
+    if wanted.from_scratch is not None:
+        chosen = wanted.from_scratch.tokenizer
+        entries = {} if isinstance(chosen, str) else {"vocab_size": chosen.vocab_size}
+        config = _blank_config(wanted.from_scratch, entries)
+    else:
+        name = wanted.name or ""
+        location = resolve(name)
+        base = (adapter_of(location) or {}).get("base_model_name_or_path", location)
+        config = from_library(
+            name,
+            lambda: transformers.AutoConfig.from_pretrained(base, revision=wanted.revision),
+        )
+    auto = getattr(transformers, CLASSES[wanted.family or family(config)])
+    with torch.device("meta"):
+        return sum(p.numel() for p in auto.from_config(config).parameters())
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -286,6 +305,30 @@ def _only_causal(kind: str, name: str) -> None:
 
 def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int) -> Any:
     """A model with random weights from a recipe's `from_scratch`. Raises ModelError."""
+    ids = {
+        "vocab_size": len(loaded),
+        "pad_token_id": loaded.pad_token_id,
+        "bos_token_id": loaded.bos_token_id,
+        "eos_token_id": loaded.eos_token_id,
+    }
+    config = _blank_config(scratch, ids)
+    try:
+        kind = family(config)
+        _only_causal(kind, f"model.from_scratch.model_type {scratch.model_type!r}")
+        torch.manual_seed(seed)
+        model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise _unbuildable(scratch, error) from error
+    if scratch.embedding_std is not None:
+        draw = torch.Generator().manual_seed(seed)
+        table = model.get_input_embeddings().weight
+        with torch.no_grad():
+            table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
+    return model.to(place.device)
+
+
+def _blank_config(scratch: recipes.FromScratch, ids: dict[str, Any]) -> Any:
+    """The config of a model from scratch, its fields checked. Raises ModelError."""
     known = list(transformers.CONFIG_MAPPING.keys())
     if scratch.model_type not in known:
         raise errors.ModelError(
@@ -300,29 +343,16 @@ def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int
             f"model.from_scratch.{unknown[0]}: {type(blank).__name__} has no such field."
             f"{errors.nearest(unknown[0], blank.to_dict())}"
         )
-    ids = {
-        "vocab_size": len(loaded),
-        "pad_token_id": loaded.pad_token_id,
-        "bos_token_id": loaded.bos_token_id,
-        "eos_token_id": loaded.eos_token_id,
-    }
     try:
-        config = transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
-        kind = family(config)
-        _only_causal(kind, f"model.from_scratch.model_type {scratch.model_type!r}")
-        torch.manual_seed(seed)
-        model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise errors.ModelError(
-            f"model.from_scratch: {scratch.model_type} cannot be built: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-    if scratch.embedding_std is not None:
-        draw = torch.Generator().manual_seed(seed)
-        table = model.get_input_embeddings().weight
-        with torch.no_grad():
-            table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
-    return model.to(place.device)
+        return transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
+    except (ValueError, TypeError) as error:
+        raise _unbuildable(scratch, error) from error
+
+
+def _unbuildable(scratch: recipes.FromScratch, error: Exception) -> errors.ModelError:
+    return errors.ModelError(
+        f"model.from_scratch: {scratch.model_type} cannot be built: {' '.join(str(error).split())}"
+    )
 
 
 # --- packing ------------------------------------------------------------------------------

@@ -55,7 +55,6 @@ def plan(
     lengths: np.ndarray,
     targets: np.ndarray,
     *,
-    seed: int,
     tokens_per_step: int,
     micro_batch_tokens: int,
     epochs: float = 1.0,
@@ -65,9 +64,9 @@ def plan(
 ) -> Plan:
     """The steps of a run.
 
-    Each epoch's rows are shuffled by (seed, epoch) and flow into steps of at most
-    `tokens_per_step` tokens (a longer row makes a step alone), across the border of epochs, so
-    that every step but the last is full. A step's rows are shared over `world` ranks and cut
+    Each epoch's rows flow in their order into steps of at most `tokens_per_step` tokens (a longer
+    row makes a step alone), across the border of epochs, so that every step but the last is full.
+    A step's rows are shared over `world` ranks and cut
     into micro-batches of at most `micro_batch_tokens` (padding counted where `padded`).
     `max_steps` above 0 decides the length instead of `epochs`.
     """
@@ -77,7 +76,6 @@ def plan(
     seen = 0.0
     while max_steps > 0 or epoch < epochs:
         rows = epoch_rows(epoch)
-        rows = np.random.default_rng([seed, epoch]).permutation(np.sort(rows))
         share = 1.0 / len(rows)
         if max_steps <= 0 and epochs - epoch < 1:
             rows = rows[: max(1, round(len(rows) * (epochs - epoch)))]

@@ -140,7 +140,6 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         lambda epoch: corpus.epoch(epoch, settings.seed),
         corpus.lengths,
         corpus.targets,
-        seed=settings.seed,
         tokens_per_step=settings.tokens_per_step,
         micro_batch_tokens=micro,
         epochs=settings.num_train_epochs,

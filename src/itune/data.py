@@ -89,12 +89,14 @@ class Corpus:
         )
 
     def epoch(self, epoch: int, seed: int) -> np.ndarray:
-        """Which examples an epoch sees, int64, in no order yet: a pure function of its arguments.
+        """Which examples an epoch sees, int64, in their order: a pure function of its arguments.
 
         A source's weight says how often each of its rows is seen an epoch; a broken part is a
-        sample drawn anew each epoch. Each visit takes the wording that its number gives.
+        sample drawn anew each epoch. Each visit takes the wording that its number gives. An
+        example's place follows from its own row alone, so it needs no other row to be known.
         """
-        chosen = []
+        pieces = np.arange(len(self)) - np.searchsorted(self._rows, self._rows)
+        chosen, keys = [], []
         for number, (source, n_wordings) in enumerate(
             zip(self.sources, self.wordings, strict=True)
         ):
@@ -108,12 +110,33 @@ class Corpus:
                     }
                     turn = np.array([wanted[int(row)] for row in self.row[members]])
                     picked = members[self.wording[members] == turn]
+                piece = pieces[picked] if n_wordings == 1 else np.zeros_like(picked)
+                key = _mixed(seed, visit, number, self.row[picked], piece)
                 if share < 1:
-                    draw = np.random.default_rng([seed, epoch, number])
-                    size = max(1, round(len(picked) * share))
-                    picked = draw.permutation(picked)[:size]
+                    first = np.argsort(key, kind="stable")[: max(1, round(len(key) * share))]
+                    picked, key = picked[first], key[first]
                 chosen.append(picked)
-        return np.concatenate(chosen)
+                keys.append(key)
+        order = np.argsort(np.concatenate(keys), kind="stable")
+        return np.asarray(np.concatenate(chosen)[order])
+
+    @property
+    def _rows(self) -> np.ndarray:
+        """Source and row in one number an example, ascending."""
+        return self.source.astype(np.int64) << 32 | self.row
+
+
+def _mixed(*parts: Any) -> np.ndarray:
+    """Numbers mixed into one that looks random, uint64 (splitmix64, Steele et al. 2014)."""
+    state: Any = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = state ^ np.asarray(part, np.uint64)
+            state = state + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return np.asarray(state)
 
 
 def _visits(weight: float, epoch: int) -> Iterator[tuple[int, float]]:

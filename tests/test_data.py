@@ -1,0 +1,54 @@
+"""Rows as flat arrays of tokens, and the order that an epoch sees them in."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from itune import data, encoding, recipes
+
+
+def corpus(rows: int, *, dropped: int | None = None, weight: float = 1.0) -> data.Corpus:
+    """One example a row, of two tokens; `dropped` is left out as one that did not fit."""
+    kept = [row for row in range(rows) if row != dropped]
+    made = data.from_tokens([encoding.Tokens([1, 2], [False, True])] * len(kept))
+    source = recipes.Source(path="x.jsonl", weight=weight)
+    changed = {"row": np.array(kept, np.int32), "sources": (source,), "wordings": (1,)}
+    return data.Corpus(**{**vars(made), **changed})
+
+
+def seen(made: data.Corpus, epoch: int = 0, seed: int = 1) -> list[int]:
+    return made.row[made.epoch(epoch, seed)].tolist()
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
+    made = corpus(500)
+    orders = [tuple(seen(made, epoch, seed)) for epoch in (0, 1) for seed in (1, 2)]
+    assert len(set(orders)) == 4
+    assert all(sorted(order) == list(range(500)) for order in orders)
+    assert tuple(seen(made)) == orders[0]
+    # Far from sorted: a row's place says nothing of its number.
+    assert abs(np.corrcoef(orders[0], np.arange(500))[0, 1]) < 0.15
+
+
+def test_a_row_that_is_dropped_moves_no_other() -> None:
+    whole = seen(corpus(100))
+    assert seen(corpus(100, dropped=37)) == [row for row in whole if row != 37]
+
+
+def test_a_weight_says_how_often_a_row_is_seen() -> None:
+    counts = np.bincount(seen(corpus(100, weight=2.5)))
+    assert counts.sum() == 250
+    assert set(counts.tolist()) == {2, 3}
+    few = [frozenset(seen(corpus(100, weight=0.25), epoch)) for epoch in range(8)]
+    assert all(len(each) == 25 for each in few)
+    assert len(set(few)) == 8
+
+
+def test_pieces_of_one_text_are_spread_over_the_epoch() -> None:
+    made = data.from_tokens([encoding.Tokens([1, 2], [False, True])] * 400)
+    source = recipes.Source(path="x.jsonl")
+    row = np.repeat(np.arange(4, dtype=np.int32), 100)
+    made = data.Corpus(**{**vars(made), "row": row, "sources": (source,), "wordings": (1,)})
+    order = made.epoch(0, 1)
+    assert sorted(order.tolist()) == list(range(400))
+    assert len(set(made.row[order[:40]].tolist())) == 4

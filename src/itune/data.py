@@ -123,7 +123,7 @@ class Corpus:
     @property
     def _rows(self) -> np.ndarray:
         """Source and row in one number an example, ascending."""
-        return self.source.astype(np.int64) << 32 | self.row
+        return np.asarray(self.source.astype(np.int64) << 32 | self.row)
 
 
 def _mixed(*parts: Any) -> np.ndarray:

@@ -31,6 +31,7 @@ ORDER = (
     "batches",
     "losses",
     "attention",
+    "quantization",
     "models",
     "adapters",
     "checkpoints",

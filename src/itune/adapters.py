@@ -67,6 +67,14 @@ def attach(model: Any, settings: Mapping[str, Any] | None, *, base: str, seed: i
         ) from error
 
 
+def on_float_base(folder: Path, device: torch.device) -> Any:
+    """A saved adapter on its base as the hub has it, in float32 and not quantised."""
+    import peft
+
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return loaded.to(device)
+
+
 def merged(model: Any) -> Any:
     """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
     if not hasattr(model, "merge_and_unload"):

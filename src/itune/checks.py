@@ -88,6 +88,19 @@ def _check_model(document: yamls.Document) -> None:
     adapter = document.data.get("adapter")
     if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
         document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
+    quantized = document.data.get("quantization")
+    if isinstance(quantized, dict):
+        if not isinstance(quantized.get("quant_method"), str):
+            document.fault(
+                ("quantization",),
+                "quant_method is missing. Add one, such as quant_method: bitsandbytes.",
+            )
+        if adapter is None:
+            document.fault(
+                ("quantization",),
+                "weights of few bits cannot be trained. Add an adapter, such as "
+                "adapter: {peft_type: lora}, or take the section out.",
+            )
 
 
 def _check_data(document: yamls.Document, command: str) -> None:

@@ -192,8 +192,14 @@ def _untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) 
     from itune import models
 
     if recipe.model.from_scratch is None:
-        return models.load(recipe.model, place, full=recipe.adapter is None)
-    return models.build(recipe.model.from_scratch, tokenizer, place, recipe.training.seed)
+        model = models.load(
+            recipe.model, place, full=recipe.adapter is None, quantization=recipe.quantization
+        )
+    else:
+        model = models.build(recipe.model.from_scratch, tokenizer, place, recipe.training.seed)
+    if recipe.training.use_liger_kernel:
+        models.use_liger(model, place)
+    return model
 
 
 def _counted(what: str, counts: data.Counts) -> str:
@@ -230,6 +236,8 @@ def _finish(
     (staged / "README.md").write_text(runs.card(run, recipe, asdict(outcome)), encoding="utf-8")
     staged.replace(run.model_dir)
     if recipe.output.merge and recipe.adapter is not None:
+        if recipe.quantization is not None:  # folded into few bits it would lose what it learnt
+            model = adapters.on_float_base(run.model_dir, model.device)
         ids = torch.tensor([encoder.text_ids("What is shown here?")], device=model.device)
         difference = adapters.merge_and_prove(model, ids, run.dir / "merged")
         encoder.tokenizer.save_pretrained(run.dir / "merged")

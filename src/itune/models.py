@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from itune import attention, batches, data, encoding, errors, losses, recipes
+from itune import quantization as few_bits
 
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -254,11 +255,19 @@ def family(config: Any) -> str:
     )
 
 
-def load(wanted: recipes.Model, place: Placement, *, full: bool = False) -> Any:
+def load(
+    wanted: recipes.Model,
+    place: Placement,
+    *,
+    full: bool = False,
+    quantization: Mapping[str, Any] | None = None,
+) -> Any:
     """The model that a recipe names, on the placement's device, unwrapped.
 
     In the placement's dtype, or with `full` in float32 for training all of its weights, which
-    bfloat16 would round away; they are then computed with in the placement's dtype.
+    bfloat16 would round away; they are then computed with in the placement's dtype. With
+    `quantization` (a recipe's section) its matrices are kept in few bits, frozen, and its norms
+    in float32, ready for an adapter.
 
     A folder that holds an adapter gives the base with that adapter merged in: what is tuned next
     starts from it. Raises ModelError, EnvironmentRefusal.
@@ -268,6 +277,11 @@ def load(wanted: recipes.Model, place: Placement, *, full: bool = False) -> Any:
     if full:
         place = Placement(place.device, torch.float32, place.why)
     if adapter_of(location) is not None:
+        if quantization is not None:
+            raise errors.RecipeError(
+                f"quantization: {name} is an adapter on a base, which only together are whole. "
+                "Merge it first (output.merge) and name its merged/ folder."
+            )
         return _merged_base(name, location, place)
     config = from_library(
         name,
@@ -278,11 +292,36 @@ def load(wanted: recipes.Model, place: Placement, *, full: bool = False) -> Any:
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
     if wanted.attn_implementation:
         options["attn_implementation"] = wanted.attn_implementation
+    if quantization is not None:
+        options["quantization_config"] = few_bits.config(quantization, place.dtype)
+        options["device_map"] = {"": place.device}
     auto = getattr(transformers, CLASSES[kind])
     model = from_library(
         name, lambda: auto.from_pretrained(location, use_safetensors=True, **options)
     )
-    return model.to(place.device)
+    if quantization is None:
+        return model.to(place.device)
+    import peft
+
+    few_bits.keep_trainable(model)
+    return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def use_liger(model: Any, place: Placement) -> None:
+    """Put Liger's kernels into a model, but for its loss: ours is exact over the whole step."""
+    from transformers.integrations.liger import apply_liger_kernel
+    from transformers.utils.import_utils import is_liger_kernel_available
+
+    if place.device.type != "cuda":
+        raise errors.EnvironmentRefusal(
+            f"training.use_liger_kernel: its kernels run on a GPU, and this is {place.why}. Set it "
+            "to false."
+        )
+    if not is_liger_kernel_available():
+        raise errors.EnvironmentRefusal(
+            "training.use_liger_kernel: not installed. Run: pip install 'itune[liger]'"
+        )
+    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def _merged_base(name: str, location: str, place: Placement) -> Any:

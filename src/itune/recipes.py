@@ -182,6 +182,8 @@ class Training(Record):
     """How many checkpoints are kept, the newest."""
     gradient_checkpointing: Flag = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
+    use_liger_kernel: Flag = False
+    """Compute norms, positions and gates with Liger's kernels; needs a GPU and `itune[liger]`."""
     tokens_per_step: Annotated[Whole, Field(ge=1)] = checks.TOKENS_PER_STEP
     """Tokens that one optimizer step sees, whatever the number of devices."""
     micro_batch_tokens: Annotated[Whole, Field(ge=1)] | None = None
@@ -259,6 +261,9 @@ class Recipe(Record):
     """The model to start from."""
     adapter: dict[str, Any] | None = None
     """Train an adapter: the fields of the peft config named by `peft_type`."""
+    quantization: dict[str, Any] | None = None
+    """Keep the frozen base in few bits under an adapter: the fields of the transformers config that
+    `quant_method` names, such as `bitsandbytes` and `load_in_4bit: true` (`itune[quant]`)."""
     data: Data
     """What is trained on and measured on."""
     training: Training = Training()

@@ -319,6 +319,40 @@ def test_two_processes_train_what_one_does(
         assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
 
 
+def test_an_error_in_two_processes_is_one_message_and_exit_code_two(
+    tmp_path: Path, itune: Callable[..., Any], tiny_model_dir: Path
+) -> None:
+    world(tmp_path)
+    (tmp_path / "moods.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label\n')
+    line = ["tune", "-r", "tune.yaml", "-s", f"model.name={tiny_model_dir}", "--processes", "2"]
+    ended = itune(*line)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert [text for text in ended.stderr.splitlines() if text.startswith("error: ")] == [
+        next(text for text in ended.stderr.splitlines() if "moods.jsonl:2" in text)
+    ]
+
+
+def test_a_signal_to_several_processes_leaves_a_checkpoint(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    world(tmp_path)
+    line = ["tune", "-r", "tune.yaml", "-s", f"model.name={tiny_model_dir}", "--processes", "2"]
+    line += ["-s", "training.num_train_epochs=2000", "-s", "training.save_steps=100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "itune", *line], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "runs/tune/log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+    assert list((tmp_path / "runs/tune/checkpoints").iterdir())
+
+
 def test_two_processes_pretrain_from_nothing(tmp_path: Path, itune: Callable[..., Any]) -> None:
     world(tmp_path)
     made = itune("pretrain", "-r", "pre.yaml", "--processes", "2", "-s", "training.max_steps=3")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from itune import __version__, errors
+from itune import __version__, errors, launching
 
 app = typer.Typer(
     name="itune",
@@ -188,8 +188,13 @@ def main() -> None:
     except errors.ItuneError as error:
         if error.exit_code == errors.ItuneError.exit_code:
             raise
-        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
+        launching.tell("".join(f"error: {line}\n" for line in str(error).splitlines()))
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if not launching.lost_peer(error):
+            raise
+        launching.tell("error: another process of this run has ended, so this one stops too.\n")
+        sys.exit(errors.EnvironmentRefusal.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("error: stopped before the first step; nothing was lost.\n")
         sys.exit(130)

@@ -90,6 +90,11 @@ class Interrupted(ItuneError):
     exit_code: ClassVar[int] = 75
 
 
+EXIT_CODES = tuple(
+    kind.exit_code for kind in (UserError, EnvironmentRefusal, Diverged, Interrupted)
+)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint to follow a sentence: ` Did you mean 'x'?`, else ` Known: a, b, c.`, else nothing."""
     names = sorted(set(known))

@@ -2,43 +2,120 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from itune import errors
 
+# Set for processes whose launcher is itune itself.
+SUPERVISED = "ITUNE_SUPERVISED"
+
 
 def ensure(processes: int | None, arguments: Sequence[str]) -> None:
-    """Start itune again under a launcher when several processes are asked for; else return.
+    """Run itune again in several processes when that is asked for, and end with their exit code.
 
-    The present process is replaced, so that signals and the terminal stay where they are. Under
-    a launcher already, nothing happens.
+    Returns when one process does, and under a launcher, which has started them already.
     """
     if processes is None or processes <= 1 or "LOCAL_RANK" in os.environ:
         return
     import torch
 
-    environment = dict(os.environ)
-    if torch.cuda.is_available():
-        if torch.cuda.device_count() < processes:
-            raise errors.EnvironmentRefusal(
-                f"--processes {processes}: this machine has {torch.cuda.device_count()} GPUs. Ask "
-                "for as many, or use accelerate launch over several machines."
-            )
-        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        launcher += ["--num_processes", str(processes), "--mixed_precision", "no"]
-        launcher += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    else:
-        # accelerate launch --cpu starts one process whatever number it is given.
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environment["ACCELERATE_USE_CPU"] = "true"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    line = [sys.executable, "-m", *launcher, "-m", "itune", *arguments]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, line, environment)
+    os.environ[SUPERVISED] = "1"
+    on_gpus = torch.cuda.is_available()
+    sys.exit(_supervised((_on_gpus if on_gpus else _on_cpu)(processes, arguments)))
+
+
+def _on_gpus(processes: int, arguments: Sequence[str]) -> Callable[[], None]:
+    import torch
+    from accelerate.commands import launch
+
+    if torch.cuda.device_count() < processes:
+        raise errors.EnvironmentRefusal(
+            f"--processes {processes}: this machine has {torch.cuda.device_count()} GPUs. Ask "
+            "for as many, or use accelerate launch over several machines."
+        )
+    line = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes)]
+    line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    parsed = launch.launch_command_parser().parse_args([*line, "-m", "itune", *arguments])
+    return lambda: launch.launch_command(parsed)
+
+
+def _on_cpu(processes: int, arguments: Sequence[str]) -> Callable[[], None]:
+    from torch.distributed import run
+
+    # accelerate launch --cpu starts one process whatever number it is given.
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    line = ["--standalone", "--nproc_per_node", str(processes), "-m", "itune", *arguments]
+    parsed = run.parse_args(line)
+    return lambda: run.run(parsed)
+
+
+def _supervised(start: Callable[[], None]) -> int:
+    """The exit code of processes that are started and waited for.
+
+    It is that of the process which failed first, and its message is told once.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The launcher would tell of each failure in a traceback of its own.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        start()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode in errors.EXIT_CODES:
+            _tell(failure.error_file_data, failure.message)
+            return int(failure.exitcode)
+        how = f"with signal {-failure.exitcode}" if failure.exitcode < 0 else "by a fault"
+        sys.stderr.write(
+            f"error: process {rank} of the run ended {how}; the others were stopped.\n"
+        )
+        return errors.ItuneError.exit_code
+    except SignalException as stopped:
+        if stopped.sigval in (signal.SIGINT, signal.SIGTERM):
+            return errors.Interrupted.exit_code
+        return 128 + int(stopped.sigval)
+    return 0
+
+
+def _tell(data: Any, message: Any) -> None:
+    said = data.get("message", message) if isinstance(data, dict) else message
+    sys.stderr.write(str(said.get("message", "") if isinstance(said, dict) else said))
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another process of the run is gone."""
+    text = str(error)
+    return "LOCAL_RANK" in os.environ and (
+        type(error).__name__ == "DistBackendError" or re.search(r"by peer|\[gloo", text) is not None
+    )
+
+
+def tell(message: str) -> None:
+    """Tell the user of an error: once, however many processes meet it.
+
+    Under a supervisor each process leaves it in a file, of which the supervisor shows the first.
+    """
+    left = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if os.environ.get(SUPERVISED) and left:
+        Path(left).parent.mkdir(parents=True, exist_ok=True)
+        stamp = str(int(time.time()))
+        said = {"message": message, "extraInfo": {"timestamp": stamp}}
+        Path(left).write_text(json.dumps({"message": said}), encoding="utf-8")
+        return
+    sys.stderr.write(message if is_main() else f"process {os.environ['RANK']}: {message}")
 
 
 def check(accelerator: Any) -> None:

@@ -40,9 +40,9 @@ ROWS: dict[str, tuple[Row, str, list[str]]] = {
         ["5"],
     ),
     "quickstart-couplet": (
-        {"topic": "rain", "couplet": "Rain,\nhail."},
+        {"topic": "rain", "couplet": "Rain,\nhail.", "fitting": ["Rain,\nhail.", "Rain,\npain."]},
         "Rain,\nhail.",
-        ["Rain,\nhail."],
+        ["Rain,\nhail.", "Rain,\npain."],
     ),
     "quickstart-summary": (
         {"text": "Anna went. She came.", "summary": "Anna went."},

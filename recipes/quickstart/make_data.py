@@ -172,6 +172,11 @@ class Item:
     prose: str
     pairs: frozenset[Pair]
 
+    @property
+    def asked(self) -> str:
+        """What no two judged rows share: the text, or the topic of what is to be written."""
+        return str(self.row.get("topic", self.prose))
+
 
 def capital(text: str) -> str:
     """The text with its first letter in upper case."""
@@ -382,17 +387,22 @@ def portrait(rng: random.Random) -> Item:
         f"{capital(she)} has a {colour} {thing}.",
         f"On {day} {she} goes to the {goal} by {vehicle}.",
     ]
-    rng.shuffle(rest)
-    context = " ".join([f"{name} is a {job}.", *rest])
-    facts = [  # question, answer, pair of words that it joins
-        (f"What is the job of {name}?", job, (name, job)),
-        (f"Where does {name} live?", f"near the {home}", (name, home)),
-        (f"What does {name} have?", f"a {colour} {thing}", (name, thing)),
-        (f"Which colour is the {thing}?", colour, (thing, colour)),
-        (f"When does {name} go to the {goal}?", day, (name, day)),
-        (f"Where does {name} go on {day}?", f"the {goal}", (name, goal)),
-        (f"How does {name} go to the {goal}?", f"by {vehicle}", (name, vehicle)),
-    ]
+    told = rng.sample(rest, rng.choice((2, 3, 3)))
+    context = " ".join([f"{name} is a {job}.", *told])
+    known = {  # sentence: question, answer, pair of words that it joins
+        rest[0]: [(f"Where does {name} live?", f"near the {home}", (name, home))],
+        rest[1]: [
+            (f"What does {name} have?", f"a {colour} {thing}", (name, thing)),
+            (f"Which colour is the {thing}?", colour, (thing, colour)),
+        ],
+        rest[2]: [
+            (f"When does {name} go to the {goal}?", day, (name, day)),
+            (f"Where does {name} go on {day}?", f"the {goal}", (name, goal)),
+            (f"How does {name} go to the {goal}?", f"by {vehicle}", (name, vehicle)),
+        ],
+    }
+    facts = [(f"What is the job of {name}?", job, (name, job))]
+    facts += [fact for part in told for fact in known[part]]
     asked = rng.sample(facts, 3)
     question, answer, pair = asked[0]
     row = {
@@ -405,14 +415,20 @@ def portrait(rng: random.Random) -> Item:
 
 
 def couplet(rng: random.Random) -> Item:
-    """Two rhyming lines about an animal and a theme."""
+    """Two rhyming lines about an animal and a theme; a judge takes any that fit the topic."""
     noun, theme = rng.choice(list(ANIMALS)), rng.choice(list(RHYMES))
     kind = rng.choice(SUITS[noun])
-    lines = f"The {kind} {noun} {rng.choice(DOINGS)} {theme},\n{rng.choice(RHYMES[theme])}."
+    fitting = [
+        f"The {kind} {noun} {doing} {theme},\n{rhyme}."
+        for doing in DOINGS
+        for rhyme in RHYMES[theme]
+    ]
+    lines = rng.choice(fitting)
+    topic = f"the {kind} {noun} and the {theme}"
     return Item(
-        {"topic": f"the {kind} {noun} and the {theme}", "couplet": lines},
+        {"topic": topic, "couplet": lines, "fitting": fitting},
         lines,
-        frozenset({(noun, kind)}),
+        frozenset({(noun, kind), (noun, theme), (kind, theme)}),
     )
 
 
@@ -436,6 +452,8 @@ def combinations() -> list[list[Pair]]:
         list(itertools.product(ASPECTS, BAD)),
         [(noun, adjective) for noun, fitting in SUITS.items() for adjective in fitting],
         *(list(itertools.product(NAMES, kind)) for kind in about_people),
+        list(itertools.product(ANIMALS, RHYMES)),
+        list(itertools.product(SUITS["cat"], RHYMES)),
     ]
 
 
@@ -494,8 +512,9 @@ def draw(
             break
         item = kind(rng)
         split = kept.split_of(item)
-        if split is not None and item.prose not in seen and len(drawn[split]) < wanted[split]:
-            seen.add(item.prose)
+        said = item.prose if split == "train" else item.asked
+        if split is not None and said not in seen and len(drawn[split]) < wanted[split]:
+            seen.add(said)
             drawn[split].append(item)
     return drawn
 

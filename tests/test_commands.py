@@ -353,6 +353,17 @@ def test_a_signal_to_several_processes_leaves_a_checkpoint(
     assert list((tmp_path / "runs/tune/checkpoints").iterdir())
 
 
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_sharding_that_would_not_happen_is_refused(
+    kind: str, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(tmp_path)
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind.upper()}", "true")
+    ended = cli("pretrain", "-r", "pre.yaml")
+    assert ended.code == 3
+    assert kind in ended.err
+
+
 def test_two_processes_pretrain_from_nothing(tmp_path: Path, itune: Callable[..., Any]) -> None:
     world(tmp_path)
     made = itune("pretrain", "-r", "pre.yaml", "--processes", "2", "-s", "training.max_steps=3")

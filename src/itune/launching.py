@@ -24,6 +24,7 @@ def ensure(processes: int | None, arguments: Sequence[str]) -> None:
 
     Returns when one process does, and under a launcher, which has started them already.
     """
+    _refuse_sharding()
     if processes is None or processes <= 1 or "LOCAL_RANK" in os.environ:
         return
     import torch
@@ -33,6 +34,16 @@ def ensure(processes: int | None, arguments: Sequence[str]) -> None:
     os.environ[SUPERVISED] = "1"
     on_gpus = torch.cuda.is_available()
     sys.exit(_supervised((_on_gpus if on_gpus else _on_cpu)(processes, arguments)))
+
+
+def _refuse_sharding() -> None:
+    """Refuse what the launcher asks for and this loop would not do; on a CPU nothing would tell."""
+    for kind in ("deepspeed", "fsdp", "megatron_lm"):
+        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
+            raise errors.EnvironmentRefusal(
+                f"accelerate launch: asks for {kind}, and itune holds the whole model on each "
+                "device so far. Launch without it; an adapter or quantization needs less memory."
+            )
 
 
 def _on_gpus(processes: int, arguments: Sequence[str]) -> Callable[[], None]:

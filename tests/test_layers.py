@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "itune"
 ORDER = (
     "__init__",
     "errors",
+    "files",
     "yamls",
     "records",
     "checks",

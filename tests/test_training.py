@@ -75,7 +75,12 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
     def state(step: int) -> checkpoints.State:
         weights = {"w": torch.full((3,), float(step))}
         return checkpoints.State(
-            step, weights, {"s": torch.ones(2)}, {}, [torch.get_rng_state()], {}
+            step,
+            weights,
+            {"state": {0: {"s": torch.ones(2)}}},
+            {},
+            [checkpoints.random_state()],
+            {},
         )
 
     for step in (1, 2, 3, 4):
@@ -103,7 +108,7 @@ def test_rotation_leaves_what_another_made(tmp_path: Path) -> None:
     (foreign / "precious.txt").write_text("keep me")
     weights = {"w": torch.ones(1)}
     for step in (1, 2, 3):
-        state = checkpoints.State(step, weights, {}, {}, [torch.get_rng_state()], {})
+        state = checkpoints.State(step, weights, {}, {}, [checkpoints.random_state()], {})
         checkpoints.save(tmp_path, state, run_id="mine", keep=1)
     assert (foreign / "precious.txt").read_text() == "keep me"
 

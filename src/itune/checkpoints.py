@@ -1,14 +1,14 @@
 """Checkpoints: staged, sealed with a manifest, published by one rename, found, rotated.
 
-Needs torch.
+Needs torch. Nothing in a checkpoint is code: tensors are safetensors, the rest is JSON.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import random
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,45 +16,77 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from itune import errors
+from itune import errors, files
 
 VERSION = 1
 MANIFEST = "manifest.json"
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class State:
     """All that a run needs to go on as if it had never stopped.
 
-    weights: the trainable parameters by name. rng: torch's state a rank, uint8 tensors. meta:
-    step, tokens, seconds and what else the loop counts; JSON.
+    weights: the trainable parameters by name. optimizer, scheduler: their state_dict. rng: what
+    `random_state` gave on each rank. meta: step, tokens, seconds and what else is counted; JSON.
     """
 
     step: int
-    weights: dict[str, torch.Tensor]
+    weights: Tensors
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
-    rng: list[torch.Tensor]
+    rng: list[Tensors]
     meta: dict[str, Any]
+
+
+# --- random numbers -----------------------------------------------------------------------------
+
+
+def random_state() -> Tensors:
+    """The state of every generator of this process, as tensors on the CPU."""
+    version, words, gauss = random.getstate()
+    state = {"cpu": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
+    assert version == 3
+    if gauss is not None:
+        state["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Tensors) -> None:
+    """Give this process's generators the state that `random_state` gave."""
+    gauss = state.get("python_gauss")
+    words = tuple(state["python"].tolist())
+    random.setstate((3, words, None if gauss is None else float(gauss)))
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# --- saving -------------------------------------------------------------------------------------
 
 
 def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
     """Publish a checkpoint under `folder`, then remove older ones of this run beyond `keep`.
 
     A checkpoint with its final name is whole: files are on disk before the manifest with their
-    sha256, the manifest before the rename. Raises EnvironmentRefusal when there is no room; what
+    sha256, the manifest before the rename. A published one is never written to again. Raises
+    Diverged for weights that are not finite; EnvironmentRefusal when it cannot be written: what
     was staged is removed, older checkpoints are untouched.
     """
+    _refuse_non_finite(state)
     final = folder / f"{state.step:06d}"
-    if final.exists():  # a step is saved once; a run killed after this one trains the same again
-        shutil.rmtree(final)
-    staged = folder / f".staged-{state.step:06d}"
-    shutil.rmtree(staged, ignore_errors=True)
+    staged = folder / f".staged-{run_id}-{state.step:06d}"
     try:
-        staged.mkdir(parents=True)
+        files.DISK.make_folder(folder)
+        _clear(folder, run_id)
+        files.DISK.make_folder(staged)
         _write(staged, state, run_id)
-        staged.rename(final)
-        _sync(folder)
+        if final.exists():  # one that was passed over as broken: never deleted
+            files.DISK.rename(final, _aside(final))
+        files.DISK.rename(staged, final)
+        files.DISK.sync(folder)
     except (OSError, RuntimeError) as error:
         # torch and safetensors report a full disk as RuntimeErrors of their own.
         shutil.rmtree(staged, ignore_errors=True)
@@ -67,38 +99,95 @@ def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
     return final
 
 
+def _refuse_non_finite(state: State) -> None:
+    for name, tensor in state.weights.items():
+        if not torch.isfinite(tensor).all():
+            raise errors.Diverged(
+                f"step {state.step}: {name} holds numbers that are not finite, so no checkpoint "
+                "was written. The one before is whole: lower training.learning_rate and start "
+                "with --fresh."
+            )
+
+
+def _clear(folder: Path, run_id: str) -> None:
+    """Remove what a killed save or rotation of this run left behind."""
+    for path in [*folder.glob(f".staged-{run_id}-*"), *folder.glob(f".trash-{run_id}-*")]:
+        files.DISK.remove(path)
+
+
+def _aside(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f".broken-{path.name}-{number}")).exists():
+        number += 1
+    return aside
+
+
 def _write(folder: Path, state: State, run_id: str) -> None:
-    weights = {name: tensor.detach().contiguous() for name, tensor in state.weights.items()}
-    save_file(weights, folder / "weights.safetensors")
-    torch.save(state.optimizer, folder / "optimizer.pt")
-    torch.save(state.rng, folder / "rng.pt")
-    with (folder / "state.json").open("w", encoding="utf-8") as file:
-        json.dump({"scheduler": state.scheduler, "meta": state.meta}, file)
-    files = {}
+    moments, settings = _split(state.optimizer)
+    rng = {f"{rank}.{name}": t for rank, each in enumerate(state.rng) for name, t in each.items()}
+    _write_tensors(folder / "weights.safetensors", state.weights)
+    _write_tensors(folder / "optimizer.safetensors", moments)
+    _write_tensors(folder / "rng.safetensors", rng)
+    plain = {"optimizer": settings, "scheduler": state.scheduler, "meta": state.meta}
+    _write_json(folder / "state.json", plain)
+    listed = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    manifest = {"version": VERSION, "run": run_id, "step": state.step, "files": files}
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-    _sync(folder / MANIFEST)
-    _sync(folder)
+        files.DISK.sync(path)
+        listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    manifest = {
+        "version": VERSION,
+        "run": run_id,
+        "step": state.step,
+        "processes": len(state.rng),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "files": listed,
+    }
+    _write_json(folder / MANIFEST, manifest)
+    files.DISK.sync(folder / MANIFEST)
+    files.DISK.sync(folder)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    files.DISK.produce(path, lambda place: save_file(whole, place))
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _write_json(path: Path, value: object) -> None:
+    def put(place: Path) -> None:
+        with place.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+
+    files.DISK.produce(path, put)
+
+
+def _split(optimizer: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """An optimiser's state_dict as its tensors by `parameter.name`, and all that is plain."""
+    tensors: Tensors = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for number, fields in optimizer.get("state", {}).items():
+        for name, value in fields.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{number}.{name}"] = value
+            else:
+                plain.setdefault(str(number), {})[name] = value
+    return tensors, {"state": plain, "param_groups": optimizer.get("param_groups", [])}
+
+
+def _joined(tensors: Tensors, plain: dict[str, Any]) -> dict[str, Any]:
+    """What `_split` took apart."""
+    state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in plain["state"].items()}
+    for key, value in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    groups = [
+        {k: tuple(v) if k == "betas" else v for k, v in group.items()}
+        for group in plain["param_groups"]
+    ]
+    return {"state": dict(sorted(state.items())), "param_groups": groups}
+
+
+# --- finding and loading --------------------------------------------------------------------------
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -110,19 +199,23 @@ def fault(folder: Path, run_id: str) -> str | None:
     """Why a checkpoint cannot be used, or None when it is whole and of this run."""
     try:
         manifest = _manifest(folder)
-    except (OSError, ValueError) as error:
-        return f"its manifest cannot be read ({_short(error)})"
-    if manifest.get("version") != VERSION:
-        return f"its format is version {manifest.get('version')}, known is {VERSION}"
-    if manifest.get("run") != run_id:
+        known, owner, step = manifest["version"], manifest["run"], manifest["step"]
+        listed = {str(k): (v["bytes"], v["sha256"]) for k, v in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({_short(error)})"
+    if known != VERSION:
+        return f"its format is version {known}, known is {VERSION}"
+    if owner != run_id:
         return "it belongs to another run"
-    for name, wanted in manifest["files"].items():
+    if step != int(folder.name):
+        return f"it is of step {step}"
+    for name, (size, digest) in listed.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != wanted["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
-        if _sha256(path) != wanted["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if files.sha256(path) != digest:
             return f"{name} was changed, its sha256 differs"
     return None
 
@@ -155,29 +248,42 @@ def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
 
 
 def load(path: Path) -> State:
-    """A checkpoint read back, tensors on the CPU. Nothing in it is ever unpickled as code."""
+    """A checkpoint read back, tensors on the CPU."""
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    rng: dict[int, Tensors] = {}
+    for key, tensor in load_file(path / "rng.safetensors").items():
+        rank, _, name = key.partition(".")
+        rng.setdefault(int(rank), {})[name] = tensor
     return State(
         step=int(path.name),
         weights=load_file(path / "weights.safetensors"),
-        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        optimizer=_joined(load_file(path / "optimizer.safetensors"), saved["optimizer"]),
         scheduler=saved["scheduler"],
-        rng=torch.load(path / "rng.pt", map_location="cpu", weights_only=True),
+        rng=[rng[rank] for rank in sorted(rng)],
         meta=saved["meta"],
     )
 
 
 def _rotate(folder: Path, run_id: str, keep: int) -> None:
-    """Remove this run's checkpoints beyond the newest `keep`; never what another made."""
-    for path in steps(folder)[max(1, keep) :]:
+    """Remove this run's checkpoints beyond the newest `keep`; never what another made.
+
+    One that cannot be removed is left for the next time: the new one is published already.
+    """
+    own = [path for path in steps(folder) if _owner(path) == run_id]
+    for path in own[max(1, keep) :]:
+        trash = path.with_name(f".trash-{run_id}-{path.name}")
         try:
-            mine = _manifest(path).get("run") == run_id
-        except (OSError, ValueError):
-            mine = False
-        if mine:
-            trash = path.with_name(f".trash-{path.name}")
-            path.rename(trash)
-            shutil.rmtree(trash)
+            files.DISK.rename(path, trash)
+            files.DISK.remove(trash)
+        except OSError:
+            return
+
+
+def _owner(path: Path) -> str | None:
+    try:
+        return str(_manifest(path)["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _short(error: BaseException) -> str:

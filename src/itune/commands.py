@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, launching, recipes, runs, templates
+from itune import console, errors, files, launching, recipes, runs, templates
 
 if TYPE_CHECKING:
     from itune import data, encoding, models
@@ -511,5 +511,5 @@ def _answered(path: Path | None) -> int:
         except ValueError:
             break
         whole.append(line)
-    runs.write(path, "".join(f"{line}\n" for line in whole))
+    files.write(path, "".join(f"{line}\n" for line in whole))
     return len(whole)

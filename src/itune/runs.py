@@ -18,20 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import itune
-from itune import errors, recipes
+from itune import errors, files, recipes
 
 ROOT = Path("runs")
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all: beside it first, on disk, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -89,7 +79,7 @@ class Run:
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json."""
-        write(self.dir / "run.json", to_json({**self.manifest, **fields}, indent=2) + "\n")
+        files.write(self.dir / "run.json", to_json({**self.manifest, **fields}, indent=2) + "\n")
 
     # --- log ---
 
@@ -114,7 +104,7 @@ class Run:
     def cut_log(self, step: int) -> None:
         """Take the lines after a step out: they were logged, then lost with a kill."""
         kept = [line for line in self.log_lines() if line["step"] <= step]
-        write(self.dir / "log.jsonl", "".join(to_json(line) + "\n" for line in kept))
+        files.write(self.dir / "log.jsonl", "".join(to_json(line) + "\n" for line in kept))
 
 
 # --- opening ------------------------------------------------------------------------------
@@ -151,7 +141,7 @@ def open_run(
     _refuse_changes(run, recipe, allowed)
     state = "finished" if manifest["state"] == "finished" else "unfinished"
     if state == "unfinished":
-        write(run.dir / "recipe.yaml", recipes.dump(recipe))
+        files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
     return run, state
 
 
@@ -177,12 +167,12 @@ def _aside(folder: Path) -> Path:
 def _create(run: Run, recipe: recipes.Recipe, command: str) -> Run:
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
-        write(run.dir / "recipe.yaml", recipes.dump(recipe))
+        files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
     except OSError as error:
         raise errors.EnvironmentRefusal(
             f"{run.dir}: cannot be made: {error.strerror}. Choose another folder with --output."
         ) from error
-    write(
+    files.write(
         run.dir / "run.json",
         to_json(
             {

@@ -278,7 +278,7 @@ class _Loop:
                     parameter.copy_(state.weights[name])
             self.raw_optimizer.load_state_dict(state.optimizer)
             self.scheduler.load_state_dict(state.scheduler)
-            torch.set_rng_state(state.rng[self.accelerator.process_index])
+            checkpoints.set_random_state(state.rng[self.accelerator.process_index])
             self.at = _Progress(**state.meta)
         else:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
@@ -293,11 +293,11 @@ class _Loop:
 
     def save(self) -> None:
         """Publish a checkpoint of the present step, from rank 0."""
-        rng = gather_object([torch.get_rng_state()])
+        rng = gather_object([checkpoints.random_state()])
         if self.accelerator.is_main_process:
             state = checkpoints.State(
                 step=self.at.step,
-                weights={name: p.detach().cpu() for name, p in self._trainable()},
+                weights={name: p.detach() for name, p in self._trainable()},
                 optimizer=self.raw_optimizer.state_dict(),
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,

@@ -1,0 +1,74 @@
+"""Files that are whole or not there: a kill, a full disk or a power cut leaves the old or the new.
+
+Whatever changes a disk goes through `DISK`, one operation a call, so that a test can make any one
+of them fail.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Disk:
+    """The operations that change a disk. Each raises OSError, or does all it says."""
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder and those above it."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def produce(self, path: Path, produce: Callable[[Path], None]) -> None:
+        """Have a file written by `produce(path)`."""
+        produce(path)
+
+    def sync(self, path: Path) -> None:
+        """Have what was written to a file or folder on the disk, not only on its way there."""
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """Give a file or folder a new name, at once."""
+        old.replace(new)
+
+    def remove(self, path: Path) -> None:
+        """Take away a file, or a folder with all in it."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+DISK = Disk()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside it first, on the disk, then renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        DISK.produce(beside, lambda place: _put(place, text))
+        DISK.sync(beside)
+        DISK.rename(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    DISK.sync(path.parent)
+
+
+def _put(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

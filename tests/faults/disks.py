@@ -1,0 +1,69 @@
+"""A disk on which the k-th operation fails: killed, full or broken, once or from then on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from itune import files
+
+KINDS = ("kill", "full", "full-for-good", "broken", "broken-for-good")
+ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}
+
+
+@dataclass
+class FaultyDisk(files.Disk):
+    """Does what `files.Disk` does until operation `at`, then fails as `kind` says.
+
+    `torn`: the failing operation has begun: half of a file is there, or a folder is half removed.
+    """
+
+    kind: str
+    at: int
+    torn: bool
+    done: int = 0
+    failed: bool = False
+
+    def _fail_now(self, half: Callable[[], object]) -> None:
+        self.done += 1
+        due = self.done >= self.at if self.kind.endswith("for-good") else self.done == self.at
+        if not due:
+            return
+        self.failed = True
+        if self.torn:
+            half()
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(ERRORS[self.kind.removesuffix("-for-good")], "injected")
+
+    def make_folder(self, path: Path) -> None:
+        self._fail_now(lambda: super(FaultyDisk, self).make_folder(path))
+        super().make_folder(path)
+
+    def produce(self, path: Path, produce: Callable[[Path], None]) -> None:
+        def half() -> None:
+            produce(path)
+            os.truncate(path, path.stat().st_size // 2)
+
+        self._fail_now(half)
+        super().produce(path, produce)
+
+    def sync(self, path: Path) -> None:
+        self._fail_now(lambda: None)
+        super().sync(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._fail_now(lambda: None)
+        super().rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        def half() -> None:
+            for inside in sorted(path.iterdir())[:2] if path.is_dir() else []:
+                inside.unlink()
+
+        self._fail_now(half)
+        super().remove(path)

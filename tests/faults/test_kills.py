@@ -1,0 +1,20 @@
+"""Runs that are killed twenty times at random end as those that were never killed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("kills.py")
+
+
+def test_runs_that_are_killed_end_as_if_they_had_not_been(tiny_model_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--kills", "20", "--model", str(tiny_model_dir)],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = re.search(r"all: 20 kills, (\d+)% inside a save", done.stdout)
+    assert said is not None, done.stdout

@@ -19,6 +19,7 @@ ORDER = (
     "__init__",
     "errors",
     "files",
+    "signals",
     "yamls",
     "records",
     "checks",

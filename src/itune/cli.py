@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from itune import __version__, errors, launching
+from itune import __version__, errors, launching, signals
 
 app = typer.Typer(
     name="itune",
@@ -183,8 +183,10 @@ def _common(
 
 def main() -> None:
     """Run the command line; an error that a user can meet is one message and an exit code."""
+    launching.end_with_launcher()
     try:
-        app()
+        with signals.LISTENER.listening():
+            app()
     except errors.ItuneError as error:
         if error.exit_code == errors.ItuneError.exit_code:
             raise
@@ -195,6 +197,9 @@ def main() -> None:
             raise
         launching.tell("error: another process of this run has ended, so this one stops too.\n")
         sys.exit(errors.EnvironmentRefusal.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("error: stopped before the first step; nothing was lost.\n")
-        sys.exit(130)
+    except signals.Stopped as stopped:
+        launching.tell(
+            f"error: stopped by {stopped}; what was finished is kept. Run the same "
+            "command again to go on.\n"
+        )
+        sys.exit(errors.Interrupted.exit_code)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, files, launching, recipes, runs, templates
+from itune import console, errors, files, launching, recipes, runs, signals, templates
 
 if TYPE_CHECKING:
     from itune import data, encoding, models
@@ -79,33 +79,43 @@ def train(
         _preview(recipe, common, screen, preview)
         return
     launching.ensure(common.processes or recipe.launch.num_processes, arguments)
-    run, state = _opened(recipe, command, fresh=fresh, allowed=allowed)
-    if state == "finished":
-        screen.say(f"{run.dir}: already complete. Start it anew with --fresh.")
-        _emit(common, _summary(run))
-        return
-    with runs.locked(run) if launching.is_main() else contextlib.nullcontext():
-        screen.say(f"{command}: {recipe.name} in {run.dir}")
-        try:
-            _train(recipe, run, screen)
-        except errors.ItuneError as error:
-            ended = {errors.Interrupted: "interrupted", errors.Diverged: "diverged"}
-            if launching.is_main():
-                run.update(state=ended.get(type(error), "failed"))
-            raise
-        finally:
-            screen.end()
+    with _opened(recipe, command, fresh=fresh, allowed=allowed) as (run, state):
+        if state == "finished":
+            screen.say(f"{run.dir}: already complete. Start it anew with --fresh.")
+        else:
+            screen.say(f"{command}: {recipe.name} in {run.dir}")
+            _watched(recipe, run, screen)
     _emit(common, _summary(run))
 
 
+@contextlib.contextmanager
 def _opened(
     recipe: recipes.Recipe, command: str, *, fresh: bool, allowed: Sequence[str]
-) -> tuple[runs.Run, str]:
+) -> Iterator[tuple[runs.Run, str]]:
+    launch = launching.launch_id()
     if launching.is_main():
-        return runs.open_run(recipe, command, fresh=fresh, allowed=allowed)
-    run = runs.Run(recipe.output.dir)
-    runs.wait_for(run)
-    return run, str(run.manifest["state"])
+        with runs.opened(recipe, command, fresh=fresh, allowed=allowed, launch=launch) as held:
+            yield held
+    else:
+        run = runs.Run(recipe.output.dir)
+        yield run, runs.joined(run, launch, fresh=fresh)
+
+
+def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
+    """Train, and have run.json say how it ended."""
+    state = "failed"
+    try:
+        _train(recipe, run, screen)
+    except errors.Diverged:
+        state = "diverged"
+        raise
+    except (errors.Interrupted, signals.Stopped):
+        state = "interrupted"
+        raise
+    finally:
+        screen.end()
+        if launching.is_main() and run.manifest["state"] != "finished":
+            run.update(state=state)
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:

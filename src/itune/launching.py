@@ -9,13 +9,14 @@ import re
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from itune import errors
 
-# Set for processes whose launcher is itune itself.
+# Set for processes whose launcher is itune itself, to a name of that launch alone.
 SUPERVISED = "ITUNE_SUPERVISED"
 
 
@@ -31,7 +32,7 @@ def ensure(processes: int | None, arguments: Sequence[str]) -> None:
 
     sys.stdout.flush()
     sys.stderr.flush()
-    os.environ[SUPERVISED] = "1"
+    os.environ[SUPERVISED] = uuid.uuid4().hex
     on_gpus = torch.cuda.is_available()
     sys.exit(_supervised((_on_gpus if on_gpus else _on_cpu)(processes, arguments)))
 
@@ -129,6 +130,15 @@ def tell(message: str) -> None:
     sys.stderr.write(message if is_main() else f"process {os.environ['RANK']}: {message}")
 
 
+def end_with_launcher() -> None:
+    """Have this process ended by the system when the process that started it is gone (Linux)."""
+    if os.environ.get(SUPERVISED) and "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        import ctypes
+
+        asked_of_the_kernel = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(asked_of_the_kernel, signal.SIGKILL)
+
+
 def check(accelerator: Any) -> None:
     """Refuse to run when fewer processes joined than were started: each would train alone."""
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -137,6 +147,12 @@ def check(accelerator: Any) -> None:
             f"{wanted} processes were started, but {accelerator.num_processes} joined. On a CPU "
             "start them with --processes N, or set ACCELERATE_USE_CPU=true."
         )
+
+
+def launch_id() -> str:
+    """A name that the processes of one launch share, and as far as can be no other launch has."""
+    known = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return os.environ.get(SUPERVISED) or ":".join(os.environ.get(name, "") for name in known)
 
 
 def is_main() -> bool:

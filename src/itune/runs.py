@@ -21,6 +21,7 @@ import itune
 from itune import errors, files, recipes
 
 ROOT = Path("runs")
+LOCK = ".lock"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers")
 
 
@@ -110,39 +111,68 @@ class Run:
 # --- opening ------------------------------------------------------------------------------
 
 
-def open_run(
+@contextlib.contextmanager
+def opened(
     recipe: recipes.Recipe,
     command: str,
     *,
     fresh: bool = False,
     allowed: Sequence[str] = (),
-) -> tuple[Run, str]:
+    launch: str = "",
+) -> Iterator[tuple[Run, str]]:
     """The folder for a recipe's run, and its state: `new`, `unfinished` or `finished`.
 
     An unfinished run of the same recipe is resumed, a finished one left alone. `fresh` moves
-    whatever run is there aside. Raises RunError for a foreign folder or another recipe's run,
-    with what differs; `allowed` names keys that may.
+    whatever run is there aside. The folder is held alone until the block ends, but for a finished
+    run, of which no byte is touched. `launch` marks the run as opened, see `joined`. Raises
+    RunError for a foreign folder or another recipe's run, with what differs (`allowed` names keys
+    that may); EnvironmentRefusal when another process holds the folder.
     """
     run = Run(recipe.output.dir)
+    _refuse_foreign(run)
+    if not fresh and (run.dir / "run.json").is_file():
+        _refuse_another(run, recipe, command, allowed)
+        if run.manifest["state"] == "finished":
+            yield run, "finished"
+            return
     if fresh and (run.dir / "run.json").is_file():
-        run.dir.replace(_aside(run.dir))
-    if not run.dir.exists() or not any(run.dir.iterdir()):
-        return _create(run, recipe, command), "new"
-    if not (run.dir / "run.json").is_file():
+        with locked(run):
+            run.dir.replace(_aside(run.dir))
+    _make(run)
+    with locked(run):
+        state = "unfinished" if (run.dir / "run.json").is_file() else "new"
+        if state == "new":
+            _create(run, recipe, command)
+        else:  # perhaps opened by another since it was looked at
+            _refuse_another(run, recipe, command, allowed)
+            state = "finished" if run.manifest["state"] == "finished" else state
+        if state == "unfinished":
+            files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
+        if state != "finished":
+            run.update(launch=launch)
+        yield run, state
+
+
+def _refuse_foreign(run: Run) -> None:
+    """Refuse a folder that holds something, but nothing of ours."""
+    if run.dir.exists() and not run.dir.is_dir():
+        raise errors.RunError(f"{run.dir}: a file. Choose a folder with --output.")
+    ours = ("run.json", LOCK)
+    held = [path.name for path in run.dir.iterdir()] if run.dir.is_dir() else []
+    if held and not any(name in ours for name in held):
         raise errors.RunError(
             f"{run.dir}: a folder with other files in it, not a run. Choose another with --output."
         )
-    manifest = run.manifest
-    if manifest.get("command") != command:
+
+
+def _refuse_another(run: Run, recipe: recipes.Recipe, command: str, allowed: Sequence[str]) -> None:
+    made_by = run.manifest.get("command")
+    if made_by != command:
         raise errors.RunError(
-            f"{run.dir}: holds a run of `itune {manifest.get('command')}`. Choose another folder "
+            f"{run.dir}: holds a run of `itune {made_by}`. Choose another folder "
             "with --output, or move it aside with --fresh."
         )
     _refuse_changes(run, recipe, allowed)
-    state = "finished" if manifest["state"] == "finished" else "unfinished"
-    if state == "unfinished":
-        files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
-    return run, state
 
 
 def _refuse_changes(run: Run, recipe: recipes.Recipe, allowed: Sequence[str]) -> None:
@@ -164,14 +194,18 @@ def _aside(folder: Path) -> Path:
     return aside
 
 
-def _create(run: Run, recipe: recipes.Recipe, command: str) -> Run:
+def _make(run: Run) -> None:
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
-        files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
+        (run.dir / LOCK).touch()
     except OSError as error:
         raise errors.EnvironmentRefusal(
             f"{run.dir}: cannot be made: {error.strerror}. Choose another folder with --output."
         ) from error
+
+
+def _create(run: Run, recipe: recipes.Recipe, command: str) -> None:
+    files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
     files.write(
         run.dir / "run.json",
         to_json(
@@ -191,7 +225,6 @@ def _create(run: Run, recipe: recipes.Recipe, command: str) -> Run:
         )
         + "\n",
     )
-    return run
 
 
 @contextlib.contextmanager
@@ -199,7 +232,7 @@ def locked(run: Run) -> Iterator[None]:
     """Hold a run's folder alone. Raises EnvironmentRefusal naming who holds it."""
     import fcntl
 
-    with (run.dir / ".lock").open("a+", encoding="utf-8") as file:
+    with (run.dir / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -215,13 +248,21 @@ def locked(run: Run) -> Iterator[None]:
         yield
 
 
-def wait_for(run: Run, seconds: float = 60.0) -> None:
-    """Wait until the first process has opened the run. Raises RunError when it never does."""
+def joined(run: Run, launch: str, *, fresh: bool, seconds: float = 120.0) -> str:
+    """The state of the run that the first process of this launch opens, once it has.
+
+    Raises RunError when it never does.
+    """
     deadline = time.monotonic() + seconds
-    while not (run.dir / "run.json").is_file():
-        if time.monotonic() > deadline:
-            raise errors.RunError(f"{run.dir}: was not opened by the first process.")
+    while time.monotonic() < deadline:
+        if (run.dir / "run.json").is_file():
+            manifest = run.manifest
+            if manifest["state"] == "finished" and not fresh:
+                return "finished"
+            if manifest.get("launch") == launch:
+                return "unfinished"
         time.sleep(0.05)
+    raise errors.RunError(f"{run.dir}: was not opened by the first process.")
 
 
 def card(run: Run, recipe: recipes.Recipe, outcome: Mapping[str, Any]) -> str:

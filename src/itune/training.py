@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from itune import batches, checkpoints, errors, losses, models, recipes, runs
+from itune import batches, checkpoints, errors, losses, models, recipes, runs, signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,30 +180,6 @@ class _Progress:
     heldout_loss: float | None = None
 
 
-class _Stop:
-    """Whether a signal asked to stop; a second one ends the process at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.asked: str | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._heard) for number in self.SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _heard(self, number: int, _frame: Any) -> None:
-        if self.asked is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.asked = signal.Signals(number).name
-
-
 def fit(
     job: Job,
     settings: recipes.Training,
@@ -220,7 +195,7 @@ def fit(
     """
     loop = _Loop(job, settings, run, accelerator, watcher)
     loop.resume()
-    with loop.stop.listening():
+    with signals.LISTENER.waiting():
         loop.train()
     return loop.outcome()
 
@@ -251,7 +226,6 @@ class _Loop:
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.at = _Progress()
-        self.stop = _Stop()
         self.run_id = str(run.manifest["id"])
         total = len(job.plan)
         self.save_every = batches.share_or_count(settings.save_steps, total)
@@ -339,8 +313,8 @@ class _Loop:
 
     def _asked_to_stop(self) -> str | None:
         if self.accelerator.num_processes == 1:
-            return self.stop.asked
-        asked = [name for name in gather_object([self.stop.asked]) if name]
+            return signals.LISTENER.asked
+        asked = [name for name in gather_object([signals.LISTENER.asked]) if name]
         return asked[0] if asked else None
 
     def _step(self, step: batches.Step) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""A signal stops each command in order, with exit code 75; the same command then goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .kills import prepare
+
+LINE = ("tune", "-r", "run.yaml")
+
+
+@pytest.fixture
+def ready(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    prepare(tmp_path, tiny_model_dir)
+    return tmp_path
+
+
+def raising(number: int, real: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
+    """The function, but that its `at`-th call sends this process a signal first."""
+    calls = iter(range(1, 10_000))
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == at:
+            signal.raise_signal(number)
+        return real(*arguments, **options)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_finishes_the_step_and_publishes_a_checkpoint(
+    name: str, ready: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from itune import training
+
+    number = getattr(signal, name)
+    with monkeypatch.context() as patched:
+        step = raising(number, training._Loop._step, at=3)
+        patched.setattr(training._Loop, "_step", step)
+        ended = cli(*LINE, "-s", "training.save_steps=100")
+    assert ended.code == 75, ended.err
+    assert name in ended.err
+    assert "same command" in ended.err
+    assert [p.name for p in (ready / "runs/run/checkpoints").iterdir()] == ["000003"]
+    assert json.loads((ready / "runs/run/run.json").read_text())["state"] == "interrupted"
+    again = cli(*LINE, "-s", "training.save_steps=100")
+    assert again.code == 0, again.err
+    assert "resuming after step 3 of 12" in again.err
+    log = [json.loads(line) for line in (ready / "runs/run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments"),
+    [
+        ("data.corpus", LINE),
+        ("models.load", LINE),
+        ("decoding.answers", ("eval", "--run", "runs/run")),
+        ("decoding.generate", ("generate", "--run", "runs/run", "Where is cat 3?")),
+    ],
+)
+def test_a_signal_outside_of_training_stops_at_once(
+    where: str,
+    arguments: tuple[str, ...],
+    ready: Path,
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import itune.data
+    import itune.decoding
+    import itune.models
+
+    if arguments is not LINE:
+        assert cli(*LINE, "-s", "training.max_steps=1").code == 0
+    module, _, name = where.partition(".")
+    owner = getattr(itune, module)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, raising(signal.SIGTERM, getattr(owner, name)))
+        ended = cli(*arguments)
+    assert ended.code == 75, ended.err
+    assert "stopped by SIGTERM" in ended.err
+    assert "Traceback" not in ended.err
+    assert cli(*arguments).code == 0
+
+
+def started(folder: Path, *options: str) -> subprocess.Popen[str]:
+    """A long run in processes of its own, once it has taken its first step."""
+    line = [sys.executable, "-m", "itune", *LINE, "-s", "training.max_steps=100000", *options]
+    process = subprocess.Popen(
+        line, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    log, deadline = folder / "runs/run/log.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return process
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    from itune import signals
+
+    child = os.fork()
+    if child == 0:
+        with signals.LISTENER.listening(), signals.LISTENER.waiting():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_no_process_outlives_the_one_that_started_it(ready: Path) -> None:
+    process = started(ready, "--processes", "2")
+    own = {each.pid for each in psutil.Process(process.pid).children(recursive=True)}
+    assert len(own) >= 2
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 5
+    while any(map(psutil.pid_exists, own)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in own if psutil.pid_exists(pid)]
+
+
+def test_a_process_that_dies_ends_the_others_within_ten_seconds(ready: Path) -> None:
+    process = started(ready, "--processes", "2")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    victim = next(each for each in workers if each.environ().get("RANK") == "1")
+    begun = time.monotonic()
+    os.kill(victim.pid, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 10
+    assert process.returncode in (1, 3), said
+    assert "process 1" in said or "another process" in said
+    assert "Traceback" not in said
+
+
+def test_runs_started_together_in_one_folder_are_one_run(ready: Path) -> None:
+    line = [sys.executable, "-m", "itune", *LINE, "-q"]
+    begun = [subprocess.Popen(line, cwd=ready, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    ended = [(process.communicate(timeout=240)[1], process.returncode) for process in begun]
+    # Whoever comes while the first trains is refused; whoever comes later finds it complete.
+    assert sorted({code for _, code in ended}) in ([0], [0, 3])
+    for said, code in ended:
+        assert "Traceback" not in said
+        if code == 3:
+            assert "in use by process" in said
+    log = [json.loads(text) for text in (ready / "runs/run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, 13))

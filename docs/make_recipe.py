@@ -28,7 +28,7 @@ the field names of the Hugging Face objects that they become.
     adapter:    {peft_type: lora, r: 16, target_modules: all-linear}
     data:
       train:    {path: stanfordnlp/imdb, split: train, template: sentiment}
-      eval:     {path: stanfordnlp/imdb, split: "test[:2000]", template: sentiment}
+      eval:     {path: stanfordnlp/imdb, split: "test[:1000]+test[-1000:]", template: sentiment}
     training:   {learning_rate: 2.0e-4, num_train_epochs: 1}
 
 `--recipe` takes a path, or a bare name: it is looked for in the working folder, in `./recipes`,

@@ -18,7 +18,7 @@ SOURCE = ROOT / "src" / "itune"
 ORDER = (
     "__init__",
     "errors",
-    "files",
+    "storage",
     "signals",
     "yamls",
     "records",

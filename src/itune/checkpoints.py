@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from itune import errors, files
+from itune import errors, storage
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -79,14 +79,14 @@ def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
     final = folder / f"{state.step:06d}"
     staged = folder / f".staged-{run_id}-{state.step:06d}"
     try:
-        files.DISK.make_folder(folder)
+        storage.DISK.make_folder(folder)
         _clear(folder, run_id)
-        files.DISK.make_folder(staged)
+        storage.DISK.make_folder(staged)
         _write(staged, state, run_id)
         if final.exists():  # one that was passed over as broken: never deleted
-            files.DISK.rename(final, _aside(final))
-        files.DISK.rename(staged, final)
-        files.DISK.sync(folder)
+            storage.DISK.rename(final, _aside(final))
+        storage.DISK.rename(staged, final)
+        storage.DISK.sync(folder)
     except (OSError, RuntimeError) as error:
         # torch and safetensors report a full disk as RuntimeErrors of their own.
         shutil.rmtree(staged, ignore_errors=True)
@@ -112,7 +112,7 @@ def _refuse_non_finite(state: State) -> None:
 def _clear(folder: Path, run_id: str) -> None:
     """Remove what a killed save or rotation of this run left behind."""
     for path in [*folder.glob(f".staged-{run_id}-*"), *folder.glob(f".trash-{run_id}-*")]:
-        files.DISK.remove(path)
+        storage.DISK.remove(path)
 
 
 def _aside(path: Path) -> Path:
@@ -132,8 +132,8 @@ def _write(folder: Path, state: State, run_id: str) -> None:
     _write_json(folder / "state.json", plain)
     listed = {}
     for path in sorted(folder.iterdir()):
-        files.DISK.sync(path)
-        listed[path.name] = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+        storage.DISK.sync(path)
+        listed[path.name] = {"bytes": path.stat().st_size, "sha256": storage.sha256(path)}
     manifest = {
         "version": VERSION,
         "run": run_id,
@@ -144,13 +144,13 @@ def _write(folder: Path, state: State, run_id: str) -> None:
         "files": listed,
     }
     _write_json(folder / MANIFEST, manifest)
-    files.DISK.sync(folder / MANIFEST)
-    files.DISK.sync(folder)
+    storage.DISK.sync(folder / MANIFEST)
+    storage.DISK.sync(folder)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    files.DISK.produce(path, lambda place: save_file(whole, place))
+    storage.DISK.produce(path, lambda place: save_file(whole, place))
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -158,7 +158,7 @@ def _write_json(path: Path, value: object) -> None:
         with place.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
 
-    files.DISK.produce(path, put)
+    storage.DISK.produce(path, put)
 
 
 def _split(optimizer: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -215,7 +215,7 @@ def fault(folder: Path, run_id: str) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if files.sha256(path) != digest:
+        if storage.sha256(path) != digest:
             return f"{name} was changed, its sha256 differs"
     return None
 
@@ -273,8 +273,8 @@ def _rotate(folder: Path, run_id: str, keep: int) -> None:
     for path in own[max(1, keep) :]:
         trash = path.with_name(f".trash-{run_id}-{path.name}")
         try:
-            files.DISK.rename(path, trash)
-            files.DISK.remove(trash)
+            storage.DISK.rename(path, trash)
+            storage.DISK.remove(trash)
         except OSError:
             return
 

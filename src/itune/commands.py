@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, files, launching, recipes, runs, signals, templates
+from itune import console, errors, launching, recipes, runs, signals, storage, templates
 
 if TYPE_CHECKING:
     from itune import data, encoding, models
@@ -521,5 +521,5 @@ def _answered(path: Path | None) -> int:
         except ValueError:
             break
         whole.append(line)
-    files.write(path, "".join(f"{line}\n" for line in whole))
+    storage.write(path, "".join(f"{line}\n" for line in whole))
     return len(whole)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, files, recipes, runs, scoring
+from itune import errors, recipes, runs, scoring, storage
 from itune import metrics as metric_names
 
 if TYPE_CHECKING:
@@ -370,8 +370,8 @@ def _keep(
                 line["against"] = other[row.row, row.wording]
             lines.append(runs.to_json(line) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / "predictions.jsonl", "".join(lines))
-    files.write(folder / "scores.json", runs.to_json(result, indent=2) + "\n")
+    storage.write(folder / "predictions.jsonl", "".join(lines))
+    storage.write(folder / "scores.json", runs.to_json(result, indent=2) + "\n")
 
 
 # --- what is shown ------------------------------------------------------------------------------

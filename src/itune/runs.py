@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import itune
-from itune import errors, files, recipes
+from itune import errors, recipes, storage
 
 ROOT = Path("runs")
 LOCK = ".lock"
@@ -80,7 +80,7 @@ class Run:
 
     def update(self, **fields: Any) -> None:
         """Set fields of run.json."""
-        files.write(self.dir / "run.json", to_json({**self.manifest, **fields}, indent=2) + "\n")
+        storage.write(self.dir / "run.json", to_json({**self.manifest, **fields}, indent=2) + "\n")
 
     # --- log ---
 
@@ -105,7 +105,7 @@ class Run:
     def cut_log(self, step: int) -> None:
         """Take the lines after a step out: they were logged, then lost with a kill."""
         kept = [line for line in self.log_lines() if line["step"] <= step]
-        files.write(self.dir / "log.jsonl", "".join(to_json(line) + "\n" for line in kept))
+        storage.write(self.dir / "log.jsonl", "".join(to_json(line) + "\n" for line in kept))
 
 
 # --- opening ------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def opened(
             _refuse_another(run, recipe, command, allowed)
             state = "finished" if run.manifest["state"] == "finished" else state
         if state == "unfinished":
-            files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
+            storage.write(run.dir / "recipe.yaml", recipes.dump(recipe))
         if state != "finished":
             run.update(launch=launch)
         yield run, state
@@ -205,8 +205,8 @@ def _make(run: Run) -> None:
 
 
 def _create(run: Run, recipe: recipes.Recipe, command: str) -> None:
-    files.write(run.dir / "recipe.yaml", recipes.dump(recipe))
-    files.write(
+    storage.write(run.dir / "recipe.yaml", recipes.dump(recipe))
+    storage.write(
         run.dir / "run.json",
         to_json(
             {

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from itune import files
+from itune import storage
 
 KINDS = ("kill", "full", "full-for-good", "broken", "broken-for-good")
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}
 
 
 @dataclass
-class FaultyDisk(files.Disk):
-    """Does what `files.Disk` does until operation `at`, then fails as `kind` says.
+class FaultyDisk(storage.Disk):
+    """Does what `storage.Disk` does until operation `at`, then fails as `kind` says.
 
     `torn`: the failing operation has begun: half of a file is there, or a folder is half removed.
     """

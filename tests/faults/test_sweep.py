@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from itune import checkpoints, errors, files
+from itune import checkpoints, errors, storage
 
 from .disks import KINDS, FaultyDisk
 
@@ -55,13 +55,13 @@ def saved(folder: Path, made: checkpoints.State) -> None:
 def naive(folder: Path, made: checkpoints.State) -> None:
     """What many programs do: files written straight into the folder with the final name."""
     final = folder / f"{made.step:06d}"
-    files.DISK.make_folder(final)
-    files.DISK.produce(final / "weights.safetensors", lambda p: save_file(made.weights, p))
-    files.DISK.produce(final / "state.json", lambda p: p.write_text('{"meta": {}}') and None)
+    storage.DISK.make_folder(final)
+    storage.DISK.produce(final / "weights.safetensors", lambda p: save_file(made.weights, p))
+    storage.DISK.produce(final / "state.json", lambda p: p.write_text('{"meta": {}}') and None)
     size = (final / "weights.safetensors").stat().st_size
     listed = {"weights.safetensors": {"bytes": size, "sha256": "-"}}
     manifest = {"version": 1, "run": RUN, "step": made.step, "files": listed}
-    files.DISK.produce(
+    storage.DISK.produce(
         final / "manifest.json", lambda p: p.write_text(json.dumps(manifest)) and None
     )
 
@@ -71,7 +71,7 @@ def outcome(folder: Path, save: Save, disk: FaultyDisk) -> tuple[str, bool]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        files.DISK = disk
+        storage.DISK = disk
         ended = "saved"
         try:
             save(folder, state(2))

@@ -219,7 +219,9 @@ def test_the_preview_marks_what_is_learnt(
         assert 0 < sum(example["supervised"]) < len(example["ids"])
     assert result["counts"]["dropped"] == 0
     assert not (tmp_path / "runs").exists()
-    assert "learnt:" in cli("tune", *options).out
+    shown = cli("tune", *options).out
+    assert shown.count("⟪</s>⟫⟧") == 2
+    assert "training data, all 240 rows" in shown
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class Common:
     processes: int | None = None
     json: bool = False
     quiet: bool = False
+    verbose: bool = False
 
     def screen(self) -> console.Screen:
         """Where this command speaks; under several processes the first alone does."""
@@ -251,21 +252,11 @@ def _summary(run: runs.Run) -> dict[str, Any]:
 
 
 def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, number: int) -> None:
-    from itune import data, encoding
+    from itune import encoding, previewing
 
     _still()
     encoder = encoding.Encoder(_tokenizer(recipe, None))
-    corpus = data.corpus(recipe.data.train, encoder, recipe.training, visits=1)
-    shown: list[dict[str, Any]] = []
-    for index in corpus.epoch(0, recipe.training.seed)[:number]:
-        span = slice(int(corpus.starts[index]), int(corpus.starts[index + 1]))
-        ids, learnt = corpus.ids[span].tolist(), corpus.supervised[span].tolist()
-        pieces = [encoder.tokenizer.decode([id_]) for id_ in ids]
-        screen.preview(len(shown) + 1, list(zip(pieces, learnt, strict=True)))
-        shown.append({"text": encoder.tokenizer.decode(ids), "ids": ids, "supervised": learnt})
-    counts = corpus.counts
-    screen.say(_counted("training data", counts))
-    _emit(common, {"examples": shown, "counts": asdict(counts)})
+    _emit(common, previewing.show(recipe, encoder, number, screen, verbose=common.verbose))
 
 
 # --- eval ---------------------------------------------------------------------------------

@@ -123,6 +123,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
         heldout = data.heldout(recipe, encoder)
     screen.say(_counted("training data", corpus.counts))
+    _examine(recipe, encoder, screen)
     base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
     models.check_fits(model, corpus, settings.max_length)
@@ -256,7 +257,17 @@ def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, num
 
     _still()
     encoder = encoding.Encoder(_tokenizer(recipe, None))
-    _emit(common, previewing.show(recipe, encoder, number, screen, verbose=common.verbose))
+    shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
+    _examine(recipe, encoder, screen)
+    _emit(common, shown)
+
+
+def _examine(recipe: recipes.Recipe, encoder: encoding.Encoder, screen: console.Screen) -> None:
+    """Look at what the examples teach, before they do."""
+    from itune import decoding, doctor
+
+    stops = decoding.settings(recipe.generation, encoder).eos_token_id
+    doctor.heed(doctor.examine(recipe.data.train, encoder, recipe.training, stops), screen.say)
 
 
 # --- eval ---------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ data:
   eval:
     - {path: moods.jsonl, template: ./mood.yaml, limit: 20}
     - {path: places.jsonl, template: ./place.yaml, limit: 10}
+  allow_overlap: true
 training: {num_train_epochs: 40, tokens_per_step: 500, max_length: 64, learning_rate: 4.0e-3}
 generation: {max_new_tokens: 12}
 evaluation: {against: base}

@@ -122,6 +122,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         epochs = None if settings.max_steps > 0 else settings.num_train_epochs
         corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
         heldout = data.heldout(recipe, encoder)
+        _contamination(recipe, run, screen, keep=accelerator.is_main_process)
     screen.say(_counted("training data", corpus.counts))
     _examine(recipe, encoder, screen)
     base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
@@ -260,6 +261,18 @@ def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, num
     shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
     _examine(recipe, encoder, screen)
     _emit(common, shown)
+
+
+def _contamination(
+    recipe: recipes.Recipe, run: runs.Run, screen: console.Screen, *, keep: bool
+) -> None:
+    """Look for held-out rows in the training data; only what is tuned is refused for them."""
+    from itune import contamination
+
+    found = contamination.of_training(recipe, run, keep=keep)
+    allowed = recipe.data.allow_overlap or run.manifest["command"] == "pretrain"
+    if found is not None:
+        contamination.heed(found, run.dir, screen.say, allowed=allowed)
 
 
 def _examine(recipe: recipes.Recipe, encoder: encoding.Encoder, screen: console.Screen) -> None:

@@ -80,13 +80,15 @@ class Screen:
         """A table on standard output: names at the left, numbers at the right."""
         if self.silent:
             return
-        table = Table(title=Text(inert(title)), title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(inert(cell)) for cell in row))
         # Where the output is no terminal, rich would fold the table to 80 columns.
         out = self.out if self.out.is_terminal else Console(highlight=False, width=160)
+        if title:
+            out.print(Text(inert(title)), soft_wrap=True)
         out.print(table, soft_wrap=False)
 
     # --- training ---

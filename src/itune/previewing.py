@@ -103,16 +103,21 @@ class Rows:
 
     def _most_pieces(self) -> np.ndarray:
         """Into how many pieces each row may be cut, int64 [rows]: a token has a byte or more."""
-        import pyarrow
-        import pyarrow.compute
-
+        most = np.ones(len(self.rows), np.int64)
         if not self.plain or "text" not in self.rows.column_names:
-            return np.ones(len(self.rows), np.int64)
+            return most
         column = self.rows.select_columns("text").with_format("arrow")[:]["text"]
-        if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-            return np.ones(len(self.rows), np.int64)
-        sizes = pyarrow.compute.binary_length(column).fill_null(0).to_numpy().astype(np.int64)
-        return np.asarray((sizes + 2) // self.training.max_length + 1)  # 2: a space before, the end
+        if str(column.type) not in {"string", "large_string"}:
+            return most
+        kind = np.int32 if str(column.type) == "string" else np.int64
+        borders = [
+            np.frombuffer(chunk.buffers()[1], kind)[chunk.offset :][: len(chunk) + 1]
+            for chunk in column.chunks
+            if len(chunk)
+        ]
+        sizes = np.concatenate([np.diff(each).astype(np.int64) for each in borders])
+        # 2: a space before the text, and the end-of-sequence token
+        return np.asarray(most + (sizes + 2) // self.training.max_length)
 
     @functools.cached_property
     def all_visits(self) -> Counter[int]:

@@ -241,6 +241,7 @@ def test_ids_are_shown_when_asked_for(
     assert (example["source"], example["row"], example["wording"]) == ("rows.jsonl", 0, 0)
     body = shown.out.split("\ntraining data")[0]
     assert [int(id_) for id_ in re.findall(r"#(\d+) ", body)] == example["ids"]
+    assert re.search(r"↵#\d+ \n", body)
     assert cli(*asked).out.count("#") == 0
 
 

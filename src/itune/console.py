@@ -141,9 +141,12 @@ class Screen:
             shown = self._spelt(stretch.text)
             if stretch.control:
                 shown, style = f"{signs.control[0]}{shown}{signs.control[1]}", f"{style} reverse"
-            text.append(shown, style=style)
-            if stretch.id is not None:
-                text.append(f"#{stretch.id} ", style="blue")
+            if stretch.id is None:
+                text.append(shown, style=style)
+                continue
+            text.append(shown.rstrip("\n"), style=style)
+            text.append(f"#{stretch.id} ", style="blue")
+            text.append(shown[len(shown.rstrip("\n")) :])
         text.append(signs.learnt[1] if learning else "", style=LEARNT)
         self._wrapped(text)
         self.out.print()

@@ -29,6 +29,7 @@ ORDER = (
     "launching",
     "orders",
     "data",
+    "samples",
     "batches",
     "losses",
     "attention",

@@ -11,15 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from itune import data, errors, formats, recipes, runs, templates
+from itune import errors, formats, recipes, runs, samples
 from itune.metrics import words as word_cutter
-
-if TYPE_CHECKING:
-    import datasets
 
 N = 13  # words: Brown et al. 2020, appendix C
 NAMED = 3  # training rows that are named beside a held-out one
@@ -79,38 +76,19 @@ class Found:
 # --- what is compared ---------------------------------------------------------------------
 
 
-class _Side:
+class _Side(samples.Opened):
     """The rows of a source as texts to compare."""
-
-    def __init__(self, number: int, source: recipes.Source) -> None:
-        self.number, self.source = number, source
-        self.rows: datasets.Dataset = data.load(source)
-        self.template = templates.load(source.template) if source.template else None
-        self.columns = sorted(self.template.columns()) if self.template else []
 
     def place(self, row: int) -> Place:
         """Where a row of this source is."""
         return Place(self.number, self.source.path, row)
 
-    @property
-    def mark(self) -> str:
-        """Changes when the rows or their template do."""
-        text = json.dumps([self.rows._fingerprint, repr(self.template), N])
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
     def texts(self) -> Iterator[tuple[int, bytes, list[str]]]:
         """For each row its number, a digest of prompt and answer, and its passages."""
-        start = 0
-        for batch in self.rows.iter(batch_size=BATCH):
-            values = zip(*batch.values(), strict=True)
-            for index, row in enumerate(dict(zip(batch, each, strict=True)) for each in values):
-                try:
-                    example = formats.example(self.template, row, 0)
-                except errors.UserError as error:
-                    place = f"{self.source.path} row {start + index + 1}"
-                    raise errors.DataError(f"{place}: {error}") from error
-                yield start + index, _digest(example), self._passages(row, example)
-            start += len(next(iter(batch.values())))
+        for start, batch in self.batches(BATCH):
+            for index, row in enumerate(batch, start):
+                example = self.example(index, row, 0)
+                yield index, _digest(example), self._passages(row, example)
 
     def _passages(self, row: Mapping[str, Any], example: formats.Example) -> list[str]:
         """The texts of a row itself: the columns that its template reads, or what is said."""
@@ -155,7 +133,7 @@ def _find(train: Sequence[_Side], held: Sequence[_Side]) -> Found:
     index = _Index(held)
     for side in train:
         index.meet(side)
-    return Found(tuple(len(side.rows) for side in held), tuple(index.pairs(train)))
+    return Found(tuple(len(side) for side in held), tuple(index.pairs(train)))
 
 
 def _hashes(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from itune import data, encoding, errors, formats, orders, recipes, templates
+from itune import data, encoding, errors, formats, recipes, samples
 
 SAMPLE_ROWS = 64  # chosen: what is wrong with a template is wrong in every row or in every few
 ROLES = ("assistant", "model", "gpt", "bot", "ai", "user", "human", "system")
@@ -41,6 +41,11 @@ FAULTS = {
         True,
         "have an answer that ends without a stop token, so the model learns not to stop",
         "Let the chat template write eos_token after every answer.",
+    ),
+    "twice": Fault(
+        True,
+        "have a stop token within an answer, so the model learns to go on after it",
+        "Let the chat template write eos_token once, at the end of an answer.",
     ),
     "unheard": Fault(
         True,
@@ -109,13 +114,14 @@ def examine(
     """
     findings = []
     examined = 0
-    for number, source in enumerate(sources):
-        if source.template is None:
+    for number, each in enumerate(sources):
+        source = samples.Opened(number, each)
+        if source.plain:
             continue
         first: dict[str, int] = {}
         counts: dict[str, int] = {}
         of = 0
-        for made, messages in _sample(number, source, encoder, training):
+        for made, messages in _sample(source, encoder, training):
             of += 1
             kept = () if made.truncated else answers(messages, training.train_on)
             for name in faults(made.tokens, kept, encoder, stops):
@@ -124,7 +130,7 @@ def examine(
         examined += of
         findings += [
             Finding(
-                f"{source.path}: {counts[name]} of {of} examples looked at {fault.what}, the "
+                f"{each.path}: {counts[name]} of {of} examples looked at {fault.what}, the "
                 f"first in row {first[name] + 1}. {fault.cure}",
                 fault.wrong,
             )
@@ -155,15 +161,12 @@ def heed(report: Report, say: Callable[[str], None]) -> None:
 
 
 def _sample(
-    number: int, source: recipes.Source, encoder: encoding.Encoder, training: recipes.Training
+    source: samples.Opened, encoder: encoding.Encoder, training: recipes.Training
 ) -> Iterator[tuple[data.Encoded, Sequence[formats.Message]]]:
     """Examples of the rows that training sees first, in every wording, and their messages."""
-    rows = data.load(source)
-    keys = orders.keys(training.seed, 0, number, np.arange(len(rows)), 0)
-    wanted = sorted(np.argsort(keys, kind="stable")[:SAMPLE_ROWS].tolist())
-    template = templates.load(source.template) if source.template else None
-    for made in data.examples(rows, wanted, source, encoder, training, visits=None):
-        yield made, formats.example(template, rows[made.row], made.wording).messages
+    wanted = sorted(source.first(training.seed, SAMPLE_ROWS))
+    for made in source.encoded(wanted, encoder, training, visits=None):
+        yield made, source.example(made.row, source.rows[made.row], made.wording).messages
 
 
 # --- one example --------------------------------------------------------------------------
@@ -223,6 +226,8 @@ def _in_stretch(ids: Sequence[int], encoder: encoding.Encoder, stops: Collection
     found = set()
     if ids[-1] not in stops:
         found.add("unheard" if ids[-1] in encoder.control else "stopless")
+    if any(id_ in stops for id_ in ids[:-1]):
+        found.add("twice")
     pad = encoder.tokenizer.pad_token_id
     # One token for both is common and harmless here: what is padding is known by its place.
     if pad is not None and pad != encoder.tokenizer.eos_token_id and pad in ids:

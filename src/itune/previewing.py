@@ -12,14 +12,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from itune import console, data, encoding, orders, recipes, templates
-
-if TYPE_CHECKING:
-    import datasets
+from itune import console, data, encoding, orders, recipes, samples, templates
 
 SAMPLE_ROWS = 2000  # chosen: a share of it is known to within two points
 SAMPLE_TOKENS = 2_000_000  # chosen: about a second of tokenizing
@@ -45,7 +42,7 @@ class _Stream(NamedTuple):
     keys: np.ndarray
 
 
-class Rows:
+class Rows(samples.Opened):
     """A training source whose rows are encoded one by one, when they are asked for."""
 
     def __init__(
@@ -55,12 +52,8 @@ class Rows:
         encoder: encoding.Encoder,
         training: recipes.Training,
     ) -> None:
-        self.number, self.source = number, source
+        super().__init__(number, source)
         self.encoder, self.training = encoder, training
-        self.rows: datasets.Dataset = data.load(source)
-        template = templates.load(source.template) if source.template else None
-        self.plain = template is None
-        self.n_wordings = max(1, len(template.prompts)) if template else 1
         self.known: dict[int, list[data.Encoded]] = {}
 
     def encode(self, wanted: Sequence[int]) -> None:
@@ -69,21 +62,15 @@ class Rows:
         for row in new:
             self.known[row] = []
         for start in range(0, len(new), 1000):
-            for each in data.examples(
-                self.rows,
-                new[start : start + 1000],
-                self.source,
-                self.encoder,
-                self.training,
-                visits=math.ceil(self.source.weight),
-            ):
+            some, visits = new[start : start + 1000], math.ceil(self.source.weight)
+            for each in self.encoded(some, self.encoder, self.training, visits=visits):
                 self.known[each.row].append(each)
 
     def wording(self, visit: int, row: int) -> int:
         """The wording that a row has in a visit."""
         return templates.wording_of(self.n_wordings, self.training.seed, visit, row)
 
-    def example(self, visit: int, row: int, piece: int) -> data.Encoded | None:
+    def seen(self, visit: int, row: int, piece: int) -> data.Encoded | None:
         """What training sees of a row in a visit; None when it is dropped or has no such piece."""
         self.encode([row])
         made = self.known[row]
@@ -95,7 +82,7 @@ class Rows:
     def streams(self) -> Iterator[_Stream]:
         """One stream for each visit of the first epoch."""
         most = self._most_pieces()
-        rows = np.repeat(np.arange(len(self.rows)), most)
+        rows = np.repeat(np.arange(len(self)), most)
         pieces = np.arange(len(rows)) - np.repeat(np.cumsum(most) - most, most)
         for visit, share in orders.visits(self.source.weight, 0):
             keys = orders.keys(self.training.seed, visit, self.number, rows, pieces)
@@ -103,7 +90,7 @@ class Rows:
 
     def _most_pieces(self) -> np.ndarray:
         """Into how many pieces each row may be cut, int64 [rows]: a token has a byte or more."""
-        most = np.ones(len(self.rows), np.int64)
+        most = np.ones(len(self), np.int64)
         if not self.plain or "text" not in self.rows.column_names:
             return most
         column = self.rows.select_columns("text").with_format("arrow")[:]["text"]
@@ -122,12 +109,12 @@ class Rows:
     @functools.cached_property
     def all_visits(self) -> Counter[int]:
         """How many examples each visit has to choose from; encodes the whole source."""
-        self.encode(range(len(self.rows)))
+        self.encode(range(len(self)))
         counts: Counter[int] = Counter()
         for visit, _ in orders.visits(self.source.weight, 0):
             for row, made in self.known.items():
                 several = self.n_wordings > 1
-                counts[visit] += self.example(visit, row, 0) is not None if several else len(made)
+                counts[visit] += self.seen(visit, row, 0) is not None if several else len(made)
         return counts
 
 
@@ -164,7 +151,7 @@ def first(sources: Sequence[Rows], number: int) -> list[Shown]:
         for source in sources:
             source.encode([int(s.rows[i]) for _, s, i in chunk if s.source is source])
         for name, stream, i in chunk:
-            found = stream.source.example(stream.visit, int(stream.rows[i]), int(stream.pieces[i]))
+            found = stream.source.seen(stream.visit, int(stream.rows[i]), int(stream.pieces[i]))
             looked[name] += 1
             kept[name] += found is not None
             if found is not None and _within(stream, kept[name] - 1, looked[name]):
@@ -228,7 +215,7 @@ class Table:
 
 def tally(sources: Sequence[Rows]) -> Table:
     """Count what became of the rows: of all in a small source, of a sample in a large one."""
-    table = Table(0, sum(len(source.rows) for source in sources), Tally("all", None), [])
+    table = Table(0, sum(len(source) for source in sources), Tally("all", None), [])
     names = _names([source.source for source in sources])
     for source, name in zip(sources, names, strict=True):
         sample = _sample(source, max(CHUNK, SAMPLE_ROWS // len(sources)), len(sources))
@@ -245,17 +232,15 @@ def tally(sources: Sequence[Rows]) -> Table:
 
 def _sample(source: Rows, count: int, share: int) -> list[int]:
     """Encode the rows that come first in the epoch, until there are enough rows or tokens."""
-    numbers = np.arange(len(source.rows))
-    keys = orders.keys(source.training.seed, 0, source.number, numbers, 0)
-    wanted = np.argsort(keys, kind="stable")[:count].tolist()
+    wanted = source.first(source.training.seed, count)
     tokens = 0
     for start in range(0, len(wanted), CHUNK):
         chunk = wanted[start : start + CHUNK]
         source.encode(chunk)
         tokens += sum(len(each.tokens.ids) for row in chunk for each in source.known[row])
         if tokens > SAMPLE_TOKENS // share:
-            return [int(row) for row in wanted[: start + CHUNK]]
-    return [int(row) for row in wanted]
+            return wanted[: start + CHUNK]
+    return wanted
 
 
 def _by_wording(source: Rows, name: str, sample: Sequence[int]) -> list[Tally]:

@@ -44,6 +44,7 @@ ORDER = (
     "scoring",
     "judging",
     "console",
+    "firsts",
     "previewing",
     "commands",
     "cli",

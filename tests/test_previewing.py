@@ -16,7 +16,7 @@ import pytest
 import rich.console
 from conftest import sentences
 
-from itune import console, data, encoding, models, previewing, recipes
+from itune import console, data, encoding, firsts, models, previewing, recipes
 
 MOOD = """
 task: classification
@@ -96,12 +96,12 @@ def test_the_preview_is_what_training_sees_first(
     ]
     assert corpus.dropped or "dropped" not in name
     rows = [
-        previewing.Rows(k, source, encoder, recipe.training)
+        firsts.Rows(k, source, encoder, recipe.training)
         for k, source in enumerate(recipe.data.train)
     ]
     made = [
         (each.tokens.ids, each.tokens.supervised, each.row, each.wording)
-        for _, each in previewing.first(rows, number)
+        for _, each in firsts.first(rows, number)
     ]
     assert made == expected
 
@@ -112,8 +112,8 @@ def test_little_is_encoded_of_a_large_source(folder: Path, tiny_model_dir: Path)
     recipe = recipe_of(
         {"path": "large.jsonl", "template": "./mood.yaml", "weight": 0.5}, tiny_model_dir
     )
-    source = previewing.Rows(0, recipe.data.train[0], encoder_of(recipe), recipe.training)
-    assert len(previewing.first([source], 5)) == 5
+    source = firsts.Rows(0, recipe.data.train[0], encoder_of(recipe), recipe.training)
+    assert len(firsts.first([source], 5)) == 5
     assert len(source.known) < 50
     table = previewing.tally([source])
     assert (table.looked, table.total) == (2000, 20_000)
@@ -133,7 +133,7 @@ def test_the_table_counts_what_training_counts(folder: Path, tiny_model_dir: Pat
     encoder = encoder_of(recipe)
     corpus = data.corpus(recipe.data.train, encoder, recipe.training, visits=1)
     rows = [
-        previewing.Rows(k, source, encoder, recipe.training)
+        firsts.Rows(k, source, encoder, recipe.training)
         for k, source in enumerate(recipe.data.train)
     ]
     counted = previewing.counts(previewing.tally(rows))
@@ -243,6 +243,20 @@ def test_ids_are_shown_when_asked_for(
     assert [int(id_) for id_ in re.findall(r"#(\d+) ", body)] == example["ids"]
     assert re.search(r"↵#\d+ \n", body)
     assert cli(*asked).out.count("#") == 0
+
+
+def test_a_piece_of_a_long_text_says_which_it_is(
+    folder: Path, tiny_model_dir: Path, cli: Callable[..., Any]
+) -> None:
+    write(folder / "long.jsonl", [{"text": " ".join(sentences(20))}])
+    line = ("pretrain", "-s", f"model.name={tiny_model_dir}", "-s", "data.train.path=long.jsonl")
+    shown = cli(*line, "-s", "training.max_length=64", "--preview", "100")
+    assert shown.code == 0, shown.err
+    said = re.findall(r"long\.jsonl row 1, piece (\d+) of (\d+), (\d+) tokens", shown.out)
+    count = len(said)
+    assert count > 2
+    assert sorted((int(k), int(of)) for k, of, _ in said) == [(k + 1, count) for k in range(count)]
+    assert shown.out.count("⟪</s>⟫⟧") == 1  # the text ends once
 
 
 def test_what_a_stretch_says_is_what_its_ids_say(tiny_model_dir: Path) -> None:

@@ -109,7 +109,7 @@ def _opened(
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, batches, data, encoding, models, training
+    from itune import adapters, batches, contamination, data, doctor, encoding, models, training
 
     _still()
     place = models.placement(recipe.model)
@@ -122,9 +122,9 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         epochs = None if settings.max_steps > 0 else settings.num_train_epochs
         corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
         heldout = data.heldout(recipe, encoder)
-        _contamination(recipe, run, screen, keep=accelerator.is_main_process)
+        contamination.check(recipe, run, screen.say, keep=accelerator.is_main_process)
     screen.say(_counted("training data", corpus.counts))
-    _examine(recipe, encoder, screen)
+    doctor.check(recipe, encoder, screen.say)
     base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
     models.check_fits(model, corpus, settings.max_length)
@@ -254,33 +254,13 @@ def _summary(run: runs.Run) -> dict[str, Any]:
 
 
 def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, number: int) -> None:
-    from itune import encoding, previewing
+    from itune import doctor, encoding, previewing
 
     _still()
     encoder = encoding.Encoder(_tokenizer(recipe, None))
     shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
-    _examine(recipe, encoder, screen)
+    doctor.check(recipe, encoder, screen.say)
     _emit(common, shown)
-
-
-def _contamination(
-    recipe: recipes.Recipe, run: runs.Run, screen: console.Screen, *, keep: bool
-) -> None:
-    """Look for held-out rows in the training data; only what is tuned is refused for them."""
-    from itune import contamination
-
-    found = contamination.of_training(recipe, run, keep=keep)
-    allowed = recipe.data.allow_overlap or run.manifest["command"] == "pretrain"
-    if found is not None:
-        contamination.heed(found, run.dir, screen.say, allowed=allowed)
-
-
-def _examine(recipe: recipes.Recipe, encoder: encoding.Encoder, screen: console.Screen) -> None:
-    """Look at what the examples teach, before they do."""
-    from itune import decoding, doctor
-
-    stops = decoding.settings(recipe.generation, encoder).eos_token_id
-    doctor.heed(doctor.examine(recipe.data.train, encoder, recipe.training, stops), screen.say)
 
 
 # --- eval ---------------------------------------------------------------------------------

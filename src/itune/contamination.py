@@ -332,6 +332,14 @@ def _read(run: runs.Run) -> tuple[dict[str, Any], Found] | None:
 # --- what is said -------------------------------------------------------------------------
 
 
+def check(recipe: recipes.Recipe, run: runs.Run, say: Callable[[str], None], *, keep: bool) -> None:
+    """Look for held-out rows in what a run trains on; those of `pretrain` are never refused."""
+    found = of_training(recipe, run, keep=keep)
+    if found is not None:
+        allowed = recipe.data.allow_overlap or run.manifest["command"] == "pretrain"
+        heed(found, run.dir, say, allowed=allowed)
+
+
 def heed(found: Found, folder: Path, say: Callable[[str], None], *, allowed: bool) -> None:
     """Say what was found. Raises DataError for rows on both sides, unless that is allowed."""
     counts, total, path = found.counts(), sum(found.rows), folder / FILE

@@ -1,6 +1,7 @@
 """What is looked at before the first step: whether the encoded examples teach what they should.
 
-Nobody has to ask for it. What would train a wrong model stops the run; the rest is said.
+Needs torch. Nobody has to ask for it: what would train a wrong model stops the run, the rest is
+said.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from itune import data, encoding, errors, formats, recipes, samples
+from itune import data, decoding, encoding, errors, formats, recipes, samples
 
 SAMPLE_ROWS = 64  # chosen: what is wrong with a template is wrong in every row or in every few
 ROLES = ("assistant", "model", "gpt", "bot", "ai", "user", "human", "system")
@@ -100,6 +101,12 @@ class Report:
 
     examples: int
     findings: tuple[Finding, ...]
+
+
+def check(recipe: recipes.Recipe, encoder: encoding.Encoder, say: Callable[[str], None]) -> None:
+    """Look at a recipe's training data and heed what is found; see `examine` and `heed`."""
+    stops = decoding.settings(recipe.generation, encoder).eos_token_id
+    heed(examine(recipe.data.train, encoder, recipe.training, stops), say)
 
 
 def examine(

@@ -41,6 +41,7 @@ data:
   eval:
     - {path: moods.jsonl, template: ./mood.yaml, limit: 20}
     - {path: places.jsonl, template: ./place.yaml, limit: 10}
+  allow_overlap: true
 training: {num_train_epochs: 40, tokens_per_step: 500, max_length: 64, learning_rate: 4.0e-3}
 generation: {max_new_tokens: 12}
 evaluation: {against: base}
@@ -219,7 +220,9 @@ def test_the_preview_marks_what_is_learnt(
         assert 0 < sum(example["supervised"]) < len(example["ids"])
     assert result["counts"]["dropped"] == 0
     assert not (tmp_path / "runs").exists()
-    assert "learnt:" in cli("tune", *options).out
+    shown = cli("tune", *options).out
+    assert shown.count("⟪</s>⟫⟧") == 2
+    assert "training data, all 240 rows" in shown
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def test_tune_takes_model_and_data_from_the_hub(itune: Itune, filled: Hub) -> No
         "data:\n"
         "  train: {path: tiny/reviews, split: train, template: sentiment}\n"
         '  eval: {path: tiny/reviews, split: "test[:4]", template: sentiment}\n'
+        "  allow_overlap: true\n"
         "training: {max_steps: 2, tokens_per_step: 256, max_length: 256}\n",
         encoding="utf-8",
     )

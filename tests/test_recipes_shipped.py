@@ -141,6 +141,7 @@ def test_recipe_takes_two_steps_on_a_tiny_model_and_is_scored(
         "model.name": tiny_model_dir,
         "data.train.path": "rows.jsonl",
         "data.eval.path": "rows.jsonl",
+        "data.allow_overlap": "true",
         "training.max_steps": 2,
         "training.max_length": 256,
         "training.tokens_per_step": 512,

@@ -119,6 +119,7 @@ adapter: {{peft_type: lora, r: 4, target_modules: all-linear, lora_dropout: 0.1}
 data:
   train: {{path: rows.jsonl, template: ./ask.yaml}}
   eval: {{path: rows.jsonl, template: ./ask.yaml, limit: 8}}
+  allow_overlap: true
 training:
   {{max_steps: 12, tokens_per_step: 300, micro_batch_tokens: 120, max_length: 128, save_steps: 4}}
 """

@@ -31,6 +31,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="One machine-readable result on standard output.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more, such as ids.")]
 OutputOption = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="PATH", help="Where the result goes.")
 ]
@@ -68,11 +69,12 @@ def pretrain(
     allow_change: AllowOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Train a language model on plain text: from scratch, or on from another."""
     from itune import commands
 
-    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)
+    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
     commands.train(
         "pretrain", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
     )
@@ -89,11 +91,12 @@ def tune(
     allow_change: AllowOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Tune a model on prompts and answers; an unfinished run of the recipe is resumed."""
     from itune import commands
 
-    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)
+    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
     commands.train(
         "tune", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
     )

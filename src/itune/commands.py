@@ -28,6 +28,7 @@ class Common:
     processes: int | None = None
     json: bool = False
     quiet: bool = False
+    verbose: bool = False
 
     def screen(self) -> console.Screen:
         """Where this command speaks; under several processes the first alone does."""
@@ -119,7 +120,7 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, batches, data, encoding, models, training
+    from itune import adapters, batches, contamination, data, doctor, encoding, models, training
 
     _still()
     place = models.placement(recipe.model)
@@ -132,7 +133,9 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         epochs = None if settings.max_steps > 0 else settings.num_train_epochs
         corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
         heldout = data.heldout(recipe, encoder)
+        contamination.check(recipe, run, screen.say, keep=accelerator.is_main_process)
     screen.say(_counted("training data", corpus.counts))
+    doctor.check(recipe, encoder, screen.say)
     base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
     models.check_fits(model, corpus, settings.max_length)
@@ -270,21 +273,13 @@ def _summary(run: runs.Run) -> dict[str, Any]:
 
 
 def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, number: int) -> None:
-    from itune import data, encoding
+    from itune import doctor, encoding, previewing
 
     _still()
     encoder = encoding.Encoder(_tokenizer(recipe, None))
-    corpus = data.corpus(recipe.data.train, encoder, recipe.training, visits=1)
-    shown: list[dict[str, Any]] = []
-    for index in corpus.epoch(0, recipe.training.seed)[:number]:
-        span = slice(int(corpus.starts[index]), int(corpus.starts[index + 1]))
-        ids, learnt = corpus.ids[span].tolist(), corpus.supervised[span].tolist()
-        pieces = [encoder.tokenizer.decode([id_]) for id_ in ids]
-        screen.preview(len(shown) + 1, list(zip(pieces, learnt, strict=True)))
-        shown.append({"text": encoder.tokenizer.decode(ids), "ids": ids, "supervised": learnt})
-    counts = corpus.counts
-    screen.say(_counted("training data", counts))
-    _emit(common, {"examples": shown, "counts": asdict(counts)})
+    shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
+    doctor.check(recipe, encoder, screen.say)
+    _emit(common, shown)
 
 
 # --- eval ---------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -17,6 +19,40 @@ from itune import errors
 def inert(text: str) -> str:
     """The text with everything that could drive a terminal spelt out; newlines and tabs stay."""
     return "".join(each if each in "\n\t" else errors.inert(each) for each in text)
+
+
+def elided(text: str, width: int) -> str:
+    """The text in at most `width` characters; of a long one the end, where names differ."""
+    return text if len(text) <= width else f"...{text[3 - width :]}"
+
+
+class Stretch(NamedTuple):
+    """Text of neighbouring tokens of one kind; with `id` it is the token of that id."""
+
+    text: str
+    supervised: bool
+    control: bool
+    id: int | None = None
+
+
+class Signs(NamedTuple):
+    """How a preview marks things where colour does not say it."""
+
+    learnt: tuple[str, str]
+    control: tuple[str, str]
+    line: str
+    tab: str
+    space: str
+    bars: str
+
+
+SIGNS = Signs(("⟦", "⟧"), ("⟪", "⟫"), "↵", "⇥", "␣", "·▁▂▃▄▅▆▇█")
+ASCII_SIGNS = Signs(("[[", "]]"), ("<<", ">>"), "\\n", "\\t", "_", ".123456789")
+PROMPT, LEARNT, CONTROL = "dim", "green", "dim reverse"
+# Spaces that one would not see: at either end of a line or of a stretch, and two or more.
+SPACES = re.compile(r"(?m)^ +| +$| {2,}")
+# Printable by Unicode's tables, yet nothing to see: fillers and joiners. And our own signs.
+SPELT = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0⟦⟧⟪⟫")
 
 
 class Screen:
@@ -44,13 +80,16 @@ class Screen:
         """A table on standard output: names at the left, numbers at the right."""
         if self.silent:
             return
-        table = Table(title=Text(inert(title)), title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         for number, column in enumerate(columns):
             table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(inert(cell)) for cell in row))
         # Where the output is no terminal, rich would fold the table to 80 columns.
-        Console(highlight=False, width=None if self.out.is_terminal else 160).print(table)
+        out = self.out if self.out.is_terminal else Console(highlight=False, width=160)
+        if title:
+            out.print(Text(inert(title)), soft_wrap=True)
+        out.print(table, soft_wrap=False)
 
     # --- training ---
 
@@ -74,20 +113,72 @@ class Screen:
 
     # --- preview ---
 
-    def preview(self, number: int, tokens: Sequence[tuple[str, bool]]) -> None:
-        """One example as its tokens, those that are learnt in green and underlined."""
+    def legend(self) -> None:
+        """What the colours and signs of the examples mean."""
         if self.silent:
             return
-        learnt = sum(flag for _, flag in tokens)
-        text = Text()
-        text.append(f"example {number}: {len(tokens)} tokens, {learnt} learnt\n", style="bold")
-        for piece, flag in tokens:
-            text.append(inert(piece), style="underline green" if flag else "dim")
-        self.out.print(text)
-        if not self.out.is_terminal:  # colours are lost in a file: say it in words
-            said = "".join(piece for piece, flag in tokens if flag)
-            self.out.print(Text(f"learnt: {inert(said)}"))
+        signs = self._signs
+        text = Text().append("prompt", style=PROMPT)
+        text.append("  ").append(f"{signs.learnt[0]}supervised{signs.learnt[1]}", LEARNT)
+        text.append("  ").append(f"{signs.control[0]}control token{signs.control[1]}", CONTROL)
+        text.append(f"  {signs.line} new line  {signs.tab} tab  {signs.space} space\n")
+        self._wrapped(text)
+
+    def example(self, title: str, stretches: Sequence[Stretch]) -> None:
+        """One example: the prompt grey, what is supervised green, control tokens reversed.
+
+        Signs say the same where there is no colour. Where a stretch has its id, it follows as #id.
+        """
+        if self.silent:
+            return
+        self._wrapped(Text(self._encodable(inert(title)), style="bold"))
+        signs, text, learning = self._signs, Text(), False
+        for stretch in stretches:
+            style = LEARNT if stretch.supervised else PROMPT
+            if stretch.supervised != learning:
+                text.append(signs.learnt[not stretch.supervised], style=LEARNT)
+                learning = stretch.supervised
+            shown = self._spelt(stretch.text)
+            if stretch.control:
+                shown, style = f"{signs.control[0]}{shown}{signs.control[1]}", f"{style} reverse"
+            if stretch.id is None:
+                text.append(shown, style=style)
+                continue
+            text.append(shown.rstrip("\n"), style=style)
+            text.append(f"#{stretch.id} ", style="blue")
+            text.append(shown[len(shown.rstrip("\n")) :])
+        text.append(signs.learnt[1] if learning else "", style=LEARNT)
+        self._wrapped(text)
         self.out.print()
+
+    def bars(self, counts: Sequence[int]) -> str:
+        """Counts as a row of bars, one character each; nothing is a dot."""
+        levels, most = self._signs.bars, max(counts, default=0)
+        return "".join(
+            levels[math.ceil(count / most * (len(levels) - 1))] if count else levels[0]
+            for count in counts
+        )
+
+    @property
+    def _signs(self) -> Signs:
+        return SIGNS if self._encodable(SIGNS.control[0]) == SIGNS.control[0] else ASCII_SIGNS
+
+    def _spelt(self, text: str) -> str:
+        """A token's text, inert, with the whitespace that matters shown and no sign forged."""
+        signs = self._signs
+        text = "".join(f"\\u{ord(each):04x}" if each in SPELT else each for each in inert(text))
+        text = SPACES.sub(lambda found: signs.space * len(found[0]), text)
+        text = text.replace("\t", signs.tab).replace("\n", f"{signs.line}\n")
+        return self._encodable(text)
+
+    def _encodable(self, text: str) -> str:
+        """The text with what the output cannot show spelt out."""
+        name = self.out.encoding or "utf-8"
+        return text.encode(name, "backslashreplace").decode(name)
+
+    def _wrapped(self, text: Text) -> None:
+        """Print a text: in a terminal cut at words, elsewhere in the lines that it has."""
+        self.out.print(text, soft_wrap=not self.out.is_terminal)
 
 
 class _Bar:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import itune
-from itune import encoding, errors, formats, recipes, templates
+from itune import encoding, errors, formats, orders, recipes, templates
 
 if TYPE_CHECKING:
     import datasets
@@ -101,7 +101,7 @@ class Corpus:
             zip(self.sources, self.wordings, strict=True)
         ):
             members = np.flatnonzero(self.source == number)
-            for visit, share in _visits(source.weight, epoch):
+            for visit, share in orders.visits(source.weight, epoch):
                 picked = members
                 if n_wordings > 1:
                     wanted = {
@@ -111,9 +111,9 @@ class Corpus:
                     turn = np.array([wanted[int(row)] for row in self.row[members]])
                     picked = members[self.wording[members] == turn]
                 piece = pieces[picked] if n_wordings == 1 else np.zeros_like(picked)
-                key = _mixed(seed, visit, number, self.row[picked], piece)
+                key = orders.keys(seed, visit, number, self.row[picked], piece)
                 if share < 1:
-                    first = np.argsort(key, kind="stable")[: max(1, round(len(key) * share))]
+                    first = np.argsort(key, kind="stable")[: orders.taken(len(key), share)]
                     picked, key = picked[first], key[first]
                 chosen.append(picked)
                 keys.append(key)
@@ -124,26 +124,6 @@ class Corpus:
     def _rows(self) -> np.ndarray:
         """Source and row in one number an example, ascending."""
         return np.asarray(self.source.astype(np.int64) << 32 | self.row)
-
-
-def _mixed(*parts: Any) -> np.ndarray:
-    """Numbers mixed into one that looks random, uint64 (splitmix64, Steele et al. 2014)."""
-    state: Any = np.uint64(0)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = state ^ np.asarray(part, np.uint64)
-            state = state + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return np.asarray(state)
-
-
-def _visits(weight: float, epoch: int) -> Iterator[tuple[int, float]]:
-    """(number of the visit, share of the rows it sees) for each visit of an epoch."""
-    a_row = math.ceil(weight)
-    for k in range(a_row):
-        yield epoch * a_row + k, min(1.0, weight - k)
 
 
 # --- sources ------------------------------------------------------------------------------
@@ -713,3 +693,52 @@ def from_tokens(examples: Sequence[encoding.Tokens]) -> Corpus:
         wordings=(),
         dropped=0,
     )
+
+
+# --- a few rows ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as training has it: its row and wording, both from 0, and its tokens."""
+
+    row: int
+    wording: int
+    truncated: bool
+    tokens: encoding.Tokens
+
+
+def examples(
+    rows: datasets.Dataset,
+    indices: Sequence[int],
+    source: recipes.Source,
+    encoder: encoding.Encoder,
+    training: recipes.Training,
+    *,
+    visits: int | None,
+) -> list[Encoded]:
+    """What `corpus` makes of some rows of a loaded source; a dropped row gives none.
+
+    `visits`: how many visits choose wordings; None = every wording. Raises DataError.
+    """
+    made = _encode_batch(
+        rows[list(indices)],
+        list(indices),
+        encoder=encoder,
+        template=templates.load(source.template) if source.template else None,
+        where=source.path,
+        max_length=training.max_length,
+        train_on=training.train_on,
+        seed=training.seed,
+        visits=visits,
+    )
+    tokens = [
+        encoding.Tokens(ids, [bool(learnt) for learnt in supervised])
+        for ids, supervised in zip(made["input_ids"], made["supervised"], strict=True)
+    ]
+    return [
+        Encoded(row, wording, bool(truncated), each)
+        for row, wording, truncated, each in zip(
+            made["row"], made["wording"], made["truncated"], tokens, strict=True
+        )
+    ]

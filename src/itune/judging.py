@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, recipes, runs, scoring, storage
+from itune import contamination, errors, recipes, runs, scoring, storage
 from itune import metrics as metric_names
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def of_model(
             prompts=task.template.prompts,
         )
     tasks.update(answerer.perplexities())
+    found = None if run is None else contamination.of_scoring(recipe, run, say)
+    _name_contamination(tasks, recipe, found, limit)
     seconds = time.monotonic() - started
     result = {
         "run": None if run is None else str(run.dir),
@@ -170,6 +172,20 @@ def of_model(
         _keep(folder, answerer, made, rival, result)
         say(f"scores and predictions: {folder}")
     return result
+
+
+def _name_contamination(
+    tasks: Mapping[str, dict[str, Any]],
+    recipe: recipes.Recipe,
+    found: contamination.Found | None,
+    limit: int | None,
+) -> None:
+    """Put beside each score how many of its rows are in the training data; None = not known."""
+    left = list(enumerate(recipe.data.eval))
+    for task in tasks.values():
+        place = next(each for each in left if each[1].path == task["data"])
+        left.remove(place)
+        task["contamination"] = None if found is None else found.counts(place[0], limit)
 
 
 class _Answerer:
@@ -405,6 +421,13 @@ def tables(result: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[lis
     ]
     if spread:
         yield "", ["task", "metric", "wordings", "worst", "best"], spread
+    leaked = [
+        [name, "held-out rows", str(task["rows"]), str(counts["exact"]), str(counts["ngram"])]
+        for name, task in result["tasks"].items()
+        if (counts := task.get("contamination")) and any(counts.values())
+    ]
+    if leaked:
+        yield "", ["task", "also in the training data", "rows", "exact", "13 words"], leaked
 
 
 def _number(value: float) -> str:

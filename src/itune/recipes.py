@@ -22,6 +22,7 @@ UNDECIDING = (
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
+    "data.allow_overlap",
 )
 
 
@@ -124,6 +125,8 @@ class Data(Record):
     """The rows to train on; several sources are mixed by their weights."""
     eval: Sources = ()
     """The held-out rows to measure on; each source is reported under its template's name."""
+    allow_overlap: Flag = False
+    """Train although held-out rows are in the training data too; scores name how many."""
 
 
 # Those of transformers.SchedulerType that follow from the number of steps alone.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from itune import errors, formats, recipes, runs, samples
+from itune import errors, formats, recipes, runs, samples, storage
 from itune.metrics import words as word_cutter
 
 N = 13  # words: Brown et al. 2020, appendix C
@@ -304,7 +304,7 @@ def write(path: Path, found: Found) -> None:
         )
         for pair in found.pairs
     ]
-    runs.write(path, "".join(f"{line}\n" for line in lines))
+    storage.write(path, "".join(f"{line}\n" for line in lines))
 
 
 def _named(place: Place) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bad inputs, a folder each under tests/bad/: what is said, the exit code, and that nothing is lost.
+"""Bad inputs, a folder each under tests/bad: what is said, the exit code, that nothing is lost.
 
 A folder holds `expect.yaml` and whatever the command reads. Its keys: `arguments`, a list;
 `exit_code`; `says`, regular expressions that standard error must match; and `python`, where given,

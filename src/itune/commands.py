@@ -86,7 +86,7 @@ def train(
     with runs.locked(run) if launching.is_main() else contextlib.nullcontext():
         screen.say(f"{command}: {recipe.name} in {run.dir}")
         try:
-            _train(recipe, run, screen)
+            _train(recipe, run, screen, command)
         except errors.ItuneError as error:
             ended = {errors.Interrupted: "interrupted", errors.Diverged: "diverged"}
             if launching.is_main():
@@ -107,21 +107,19 @@ def _opened(
     return run, str(run.manifest["state"])
 
 
-def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, batches, data, encoding, models, training
+def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen, command: str) -> None:
+    from itune import adapters, batches, models, training
 
     _still()
     place = models.placement(recipe.model)
+    settings = recipe.training
+    with launching.first_prepares(run.dir):
+        encoder, corpus, heldout = _prepared(recipe, run, command)
+    tokenizer = encoder.tokenizer
+    for line in (*_counted(corpus), *_mixed(recipe, corpus)):
+        screen.say(line)
     accelerator = training.accelerator(recipe, place)
     launching.check(accelerator)
-    settings = recipe.training
-    with accelerator.main_process_first():
-        tokenizer = _tokenizer(recipe, run)
-        encoder = encoding.Encoder(tokenizer)
-        epochs = None if settings.max_steps > 0 else settings.num_train_epochs
-        corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
-        heldout = data.heldout(recipe, encoder)
-    screen.say(_counted("training data", corpus.counts))
     base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
     models.check_fits(model, corpus, settings.max_length)
@@ -158,7 +156,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             parameters=total,
             trainable=trainable,
             packed=padded is None,
-            data={"train": asdict(corpus.counts)},
+            data={"train": {**asdict(corpus.counts), "sources": _sources(recipe, corpus)}},
             steps=len(plan),
         )
     outcome = training.fit(job, settings, run, accelerator, screen)
@@ -169,7 +167,26 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     accelerator.wait_for_everyone()
 
 
-def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None) -> Any:
+def _prepared(
+    recipe: recipes.Recipe, run: runs.Run | None, command: str
+) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
+    """The encoder, the training data and the held-out data."""
+    from itune import data, encoding
+
+    settings = recipe.training
+    encoder = encoding.Encoder(_tokenizer(recipe, run, command))
+    corpus = data.corpus(
+        recipe.data.train,
+        encoder,
+        settings,
+        visits=None if settings.max_steps > 0 else settings.num_train_epochs,
+        command=command,
+        max_dropped=recipe.data.max_dropped,
+    )
+    return encoder, corpus, data.heldout(recipe, encoder, command)
+
+
+def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
     from itune import data, models
 
     scratch = recipe.model.from_scratch
@@ -180,7 +197,7 @@ def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None) -> Any:
     kept = None if run is None else run.dir / "tokenizer"
     if kept is not None and kept.is_dir():
         return models.tokenizer(str(kept))
-    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train))
+    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train, command))
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)
@@ -196,16 +213,46 @@ def _untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) 
     return models.build(recipe.model.from_scratch, tokenizer, place, recipe.training.seed)
 
 
-def _counted(what: str, counts: data.Counts) -> str:
-    text = (
-        f"{what}: {counts.rows:,} rows, {counts.tokens:,} tokens, "
+def _counted(corpus: data.Corpus) -> Iterator[str]:
+    """What the user is told of the training data, a line each."""
+    for report in corpus.reports:
+        yield from report.notes
+        if not report.read_as.startswith("template "):
+            yield f"{report.path}: read as {report.read_as}"
+    counts = corpus.counts
+    yield (
+        f"training data: {counts.rows:,} of {counts.read:,} rows, {counts.tokens:,} tokens, "
         f"{counts.supervised:,} of them learnt"
     )
-    if counts.truncated:
-        text += f"; {counts.truncated:,} prompts cut to training.max_length"
-    if counts.dropped:
-        text += f"; {counts.dropped:,} rows left out, too long or without an answer"
-    return text
+    cures = (
+        (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
+        (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
+        (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
+        (counts.empty, "rows empty and left out. Take them out of the data"),
+        (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
+    )
+    yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)
+
+
+def _sources(recipe: recipes.Recipe, corpus: data.Corpus) -> list[dict[str, Any]]:
+    """For run.json: each source's counts, and what share of an epoch it is."""
+    shares = corpus.shares(recipe.training.seed)
+    return [
+        {**asdict(report), "an_epoch": share}
+        for report, share in zip(corpus.reports, shares, strict=True)
+    ]
+
+
+def _mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
+    """The share of each source in an epoch, a line each, where there are several."""
+    if len(corpus.sources) > 1:
+        shares = corpus.shares(recipe.training.seed)
+        for source, share in zip(corpus.sources, shares, strict=True):
+            yield (
+                f"{source.path}: an epoch sees {share['rows']:,} rows "
+                f"({share['rows_share']:.1%}), {share['tokens']:,} tokens "
+                f"({share['tokens_share']:.1%})"
+            )
 
 
 def _finish(
@@ -264,7 +311,8 @@ def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, num
         screen.preview(len(shown) + 1, list(zip(pieces, learnt, strict=True)))
         shown.append({"text": encoder.tokenizer.decode(ids), "ids": ids, "supervised": learnt})
     counts = corpus.counts
-    screen.say(_counted("training data", counts))
+    for line in _counted(corpus):
+        screen.say(line)
     _emit(common, {"examples": shown, "counts": asdict(counts)})
 
 

@@ -52,9 +52,10 @@ given both in one place they are refused.
 
 `path` is a file, a pattern (`data/**/*.jsonl`), a folder, or a data set of the hub. Files are
 `.jsonl`, `.json` (a list, or `field` names the key that it is under), `.csv`, `.tsv`, `.parquet`,
-`.arrow` and `.txt` (`sample_by`: line, paragraph, document), each also packed alone as `.gz`, `.bz2`,
-`.xz`, `.zst` or `.zip`. A folder holds files of one kind; where their names tell splits apart
-(`train-0.jsonl`, `test.jsonl`), `split` picks among them. Folders that `save_to_disk` wrote work too.
+`.arrow` and `.txt` (`sample_by`: line, paragraph, document), each also packed alone as `.gz`,
+`.bz2`, `.xz`, `.zst` or `.zip`. A folder holds files of one kind; where their names tell splits
+apart (`train-0.jsonl`, `test.jsonl`), `split` picks among them. So do folders that `save_to_disk`
+wrote.
 
 Without a template the columns say what a row is, and itune says what it took them for:
 
@@ -63,12 +64,13 @@ Without a template the columns say what a row is, and itune says what it took th
 | `messages` (role, content) | `messages` | a conversation |
 | `conversations` (from, value) | `conversations` | a conversation |
 | `instruction`, `output`, maybe `input` | `alpaca` | a prompt and its answer |
-| `prompt`, `completion`, texts or lists of messages | `prompt_completion` | the same; the completion alone is learnt |
+| `prompt`, `completion` | `prompt_completion` | the same: texts, or lists of messages |
 | `text` | `text` | running text, for `pretrain` |
 
-Columns that fit two of them are an error; `format` chooses. `streaming: true` reads only what
-`max_steps` needs. Everything is tokenised once and kept; a change of data, template, tokenizer or of
-a key that matters makes it anew.
+Columns that fit two of them are an error; `format` chooses. Of a prompt and completion the
+completion alone is learnt. `streaming: true` reads only what `max_steps` needs. Everything is
+tokenised once and kept; a change of data, template, tokenizer or of a key that matters makes it
+anew.
 
 ## How the file is read
 

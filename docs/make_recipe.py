@@ -48,6 +48,30 @@ the file.
 `--set training.max_steps=100` takes a `num_train_epochs` of the file out, and the other way round;
 given both in one place they are refused.
 
+## Where rows come from
+
+`path` is a file, a pattern (`data/**/*.jsonl`), a folder, or a data set of the hub. Files are
+`.jsonl`, `.json` (a list, or `field` names the key that it is under), `.csv`, `.tsv`, `.parquet`,
+`.arrow` and `.txt` (`sample_by`: line, paragraph, document), each also packed alone as `.gz`,
+`.bz2`, `.xz`, `.zst` or `.zip`. A folder holds files of one kind; where their names tell splits
+apart (`train-0.jsonl`, `test.jsonl`), `split` picks among them. So do folders that `save_to_disk`
+wrote.
+
+Without a template the columns say what a row is, and itune says what it took them for:
+
+| columns | `format` | read as |
+| --- | --- | --- |
+| `messages` (role, content) | `messages` | a conversation |
+| `conversations` (from, value) | `conversations` | a conversation |
+| `instruction`, `output`, maybe `input` | `alpaca` | a prompt and its answer |
+| `prompt`, `completion` | `prompt_completion` | the same: texts, or lists of messages |
+| `text` | `text` | running text, for `pretrain` |
+
+Columns that fit two of them are an error; `format` chooses. Of a prompt and completion the
+completion alone is learnt. `streaming: true` reads only what `max_steps` needs. Everything is
+tokenised once and kept; a change of data, template, tokenizer or of a key that matters makes it
+anew.
+
 ## How the file is read
 
 YAML 1.2: `1e-5` is a number, `yes`, `no`, `on`, `off`, `08`, `12:30:45` and `2024-01-01` are text.

@@ -104,6 +104,16 @@ def test_the_whole_loop(tuned: Path, cli: Callable[..., Any]) -> None:
     wanted = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens"}
     assert wanted | {"seconds"} <= set(log[0])
     assert log[-1]["loss"] < log[0]["loss"] / 2
+    kept_rows = json.loads((run / "run.json").read_text())["data"]["train"]
+    assert (kept_rows["read"], kept_rows["rows"], kept_rows["dropped"]) == (240, 240, 0)
+    moods, places = kept_rows["sources"]
+    assert (moods["path"], moods["read_as"], moods["commit"]) == (
+        "moods.jsonl",
+        "template mood",
+        None,
+    )
+    assert (moods["an_epoch"]["rows"], places["an_epoch"]["rows"]) == (120, 60)
+    assert moods["counts"]["duplicated"] > 100
 
     scored = cli("eval", "--json")
     assert scored.code == 0, scored.err

@@ -148,7 +148,7 @@ def test_nothing_to_compare(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{"text": "d"}])
     assert not contamination.find(sources("x.jsonl"), sources("a.jsonl")).pairs
     write(tmp_path / "z.jsonl", [{"text": "a"}, {"other": "b"}])
-    with pytest.raises(errors.DataError, match=r"z\.jsonl row 2: column 'text'"):
+    with pytest.raises(errors.DataError, match=r"z\.jsonl:2: column 'text'"):
         contamination.find(sources("z.jsonl"), sources("a.jsonl"))
 
 
@@ -237,7 +237,8 @@ def test_it_is_looked_for_once_and_again_when_the_data_changes(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = recipes.load(recipe)
-    run, _ = runs.open_run(read, "tune")
+    with runs.opened(read, "tune") as (run, _):
+        pass
     first = contamination.of_training(read, run)
     calls = []
     find = contamination._find

@@ -67,6 +67,96 @@ def test_the_clients_find_models_data_and_what_is_not_there(filled: Hub) -> None
     assert said["missing"] == "OSError"
 
 
+READER = """
+import json, sys
+from itune import errors, recipes, sources
+out = []
+for keys in json.loads(sys.argv[1]):
+    try:
+        rows = sources.read(recipes.Source(**keys))
+        out.append([[row["text"] for row in rows.data], rows.commit])
+    except errors.ItuneError as error:
+        out.append([type(error).__name__, str(error)])
+print(json.dumps(out))
+"""
+
+
+def read(env: dict[str, str | None], *sources: dict[str, object]) -> list[tuple[object, str]]:
+    """Texts and commit of each source, or the kind and text of its error; in one process."""
+    changed = {**os.environ, **env}
+    done = subprocess.run(
+        [sys.executable, "-c", READER, json.dumps(sources)],
+        env={name: value for name, value in changed.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[tuple[object, str]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+CARD = """---
+configs:
+- config_name: short
+  data_files: [{split: train, path: short.jsonl}]
+- config_name: long
+  data_files: [{split: train, path: long.jsonl}]
+---
+"""
+
+
+def test_sources_of_the_hub_are_read_pinned_sliced_and_kept(filled: Hub) -> None:
+    from hub import Repository
+
+    root, env = filled
+    two = root / "datasets" / "tiny" / "two"
+    two.mkdir()
+    (two / "README.md").write_text(CARD, encoding="utf-8")
+    for name in ("short", "long"):
+        (two / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+    script = root / "datasets" / "tiny" / "script"
+    script.mkdir()
+    (script / "script.py").write_text("raise SystemExit(9)\n", encoding="utf-8")
+    commit = Repository("datasets", "tiny/reviews", root / "datasets" / "tiny" / "reviews").sha()
+    films = [f"film {i} was fine" for i in range(8)]
+    whole, part, pinned, files, stream, short, unnamed, unknown, missing, scripted = read(
+        env,
+        {"path": "tiny/reviews"},
+        {"path": "tiny/reviews", "split": "train[:75%]", "limit": 5},
+        {"path": "tiny/reviews", "split": "test", "revision": commit},
+        {"path": "tiny/reviews", "data_files": "test.jsonl"},
+        {"path": "tiny/reviews", "streaming": True, "limit": 2},
+        {"path": "tiny/two", "name": "short"},
+        {"path": "tiny/two"},
+        {"path": "tiny/reviews", "split": "dev"},
+        {"path": "tiny/nobody"},
+        {"path": "tiny/script"},
+    )
+    assert whole == [films, commit]
+    assert part == [films[:5], commit]
+    assert pinned == [films, commit]
+    assert files == [films, commit]
+    assert stream == [films[:2], commit]
+    assert short[0] == ["short"]
+    assert unnamed[0] == "DataError"
+    assert "short" in unnamed[1]
+    assert "long" in unnamed[1]
+    assert unknown[0] == "DataError"
+    assert "dev" in unknown[1]
+    assert missing[0] == "DataError"
+    assert missing[1].startswith("tiny/nobody: neither a file or folder here")
+    assert scripted[0] == "DataError"
+    assert "Scripts are not run" in scripted[1]
+
+    offline = {**env, "HF_HUB_OFFLINE": "1"}
+    again, never = read(offline, {"path": "tiny/reviews"}, {"path": "tiny/never"})
+    assert again == [films, commit]
+    assert never[0] == "EnvironmentRefusal"
+    assert "cannot be reached" in never[1]
+
+
 @pytest.mark.slow
 def test_tune_takes_model_and_data_from_the_hub(itune: Itune, filled: Hub) -> None:
     _, env = filled

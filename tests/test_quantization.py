@@ -16,6 +16,7 @@ adapter: {peft_type: lora, r: 4, target_modules: all-linear}
 data:
   train: {path: rows.jsonl, template: sentiment}
   eval: {path: rows.jsonl, split: "train[:6]", template: sentiment}
+  allow_overlap: true
 training: {max_steps: 6, tokens_per_step: 400, max_length: 128, learning_rate: 5.0e-3}
 """
 

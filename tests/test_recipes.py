@@ -340,12 +340,14 @@ def test_the_fields_of_a_config_are_free_but_the_tokenizer_is_not() -> None:
     assert "model.from_scratch.tokenizer: is missing" in line
 
 
-def test_tuning_needs_a_template_for_every_source() -> None:
-    text = "model: {name: m}\ndata:\n  train: [{path: a, template: chat}, {path: b}]\n"
-    (line,) = faults(text, "tune")
-    assert line.startswith("x.yaml:3: data.train.1: no template")
-    assert "chat" in line
-    assert recipes.loads(text, command="pretrain").data.eval == ()
+def test_a_source_has_a_template_or_a_format() -> None:
+    text = "model: {name: m}\ndata:\n  train: [{path: a}, {path: b, format: alpaca}]\n"
+    assert [each.format for each in recipes.loads(text, command="tune").data.train] == [
+        None,
+        "alpaca",
+    ]
+    (line,) = faults(text.replace("format: alpaca", "format: alpaca, template: chat"), "tune")
+    assert line.startswith("x.yaml:3: data.train.1.format: given (line 3) together with")
 
 
 def test_a_template_that_is_not_there_is_told_before_anything_runs() -> None:

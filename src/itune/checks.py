@@ -113,16 +113,11 @@ def _check_data(document: yamls.Document, command: str) -> None:
             if isinstance(source, dict):
                 key = ("data", side, index) if isinstance(sources, list) else ("data", side)
                 _check_template(document, key, source.get("template"), command)
+                if source.get("template") and source.get("format"):
+                    _both(document, (*key, "template"), (*key, "format"))
 
 
 def _check_template(document: yamls.Document, key: yamls.Key, name: Any, command: str) -> None:
-    if name is None and command == "tune":
-        known = ", ".join(sorted(records.names_in(records.shipped("prompts"))))
-        document.fault(
-            key,
-            "no template, so nothing says what is prompt and what is answer. Add template: NAME"
-            + (f", one of {known}." if known else "."),
-        )
     if isinstance(name, str) and name and command in TRAINING_COMMANDS:
         try:
             records.find(name, "prompts", errors.TemplateError)

@@ -120,21 +120,18 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, batches, contamination, data, doctor, encoding, models, training
+    from itune import adapters, batches, doctor, models, training
 
     _still()
     place = models.placement(recipe.model)
+    settings = recipe.training
+    with launching.first_prepares(run.dir):
+        encoder, corpus, heldout = _prepared(recipe, run, screen)
+    tokenizer = encoder.tokenizer
+    for line in (*_counted(corpus), *_mixed(recipe, corpus)):
+        screen.say(line)
     accelerator = training.accelerator(recipe, place)
     launching.check(accelerator)
-    settings = recipe.training
-    with accelerator.main_process_first():
-        tokenizer = _tokenizer(recipe, run)
-        encoder = encoding.Encoder(tokenizer)
-        epochs = None if settings.max_steps > 0 else settings.num_train_epochs
-        corpus = data.corpus(recipe.data.train, encoder, settings, visits=epochs)
-        heldout = data.heldout(recipe, encoder)
-        contamination.check(recipe, run, screen.say, keep=accelerator.is_main_process)
-    screen.say(_counted("training data", corpus.counts))
     doctor.check(recipe, encoder, screen.say)
     base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
@@ -172,7 +169,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             parameters=total,
             trainable=trainable,
             packed=padded is None,
-            data={"train": asdict(corpus.counts)},
+            data={"train": {**asdict(corpus.counts), "sources": _sources(recipe, corpus)}},
             steps=len(plan),
         )
     outcome = training.fit(job, settings, run, accelerator, screen)
@@ -183,7 +180,28 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     accelerator.wait_for_everyone()
 
 
-def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None) -> Any:
+def _prepared(
+    recipe: recipes.Recipe, run: runs.Run, screen: console.Screen
+) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
+    """The encoder, the training data and the held-out data."""
+    from itune import contamination, data, encoding
+
+    settings, command = recipe.training, str(run.manifest["command"])
+    encoder = encoding.Encoder(_tokenizer(recipe, run, command))
+    corpus = data.corpus(
+        recipe.data.train,
+        encoder,
+        settings,
+        visits=None if settings.max_steps > 0 else settings.num_train_epochs,
+        command=command,
+        max_dropped=recipe.data.max_dropped,
+    )
+    heldout = data.heldout(recipe, encoder, command)
+    contamination.check(recipe, run, screen.say, keep=launching.is_main())
+    return encoder, corpus, heldout
+
+
+def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
     from itune import data, models
 
     scratch = recipe.model.from_scratch
@@ -194,7 +212,7 @@ def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None) -> Any:
     kept = None if run is None else run.dir / "tokenizer"
     if kept is not None and kept.is_dir():
         return models.tokenizer(str(kept))
-    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train))
+    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train, command))
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)
@@ -216,16 +234,46 @@ def _untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) 
     return model
 
 
-def _counted(what: str, counts: data.Counts) -> str:
-    text = (
-        f"{what}: {counts.rows:,} rows, {counts.tokens:,} tokens, "
+def _counted(corpus: data.Corpus) -> Iterator[str]:
+    """What the user is told of the training data, a line each."""
+    for report in corpus.reports:
+        yield from report.notes
+        if not report.read_as.startswith("template "):
+            yield f"{report.path}: read as {report.read_as}"
+    counts = corpus.counts
+    yield (
+        f"training data: {counts.rows:,} of {counts.read:,} rows, {counts.tokens:,} tokens, "
         f"{counts.supervised:,} of them learnt"
     )
-    if counts.truncated:
-        text += f"; {counts.truncated:,} prompts cut to training.max_length"
-    if counts.dropped:
-        text += f"; {counts.dropped:,} rows left out, too long or without an answer"
-    return text
+    cures = (
+        (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
+        (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
+        (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
+        (counts.empty, "rows empty and left out. Take them out of the data"),
+        (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
+    )
+    yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)
+
+
+def _sources(recipe: recipes.Recipe, corpus: data.Corpus) -> list[dict[str, Any]]:
+    """For run.json: each source's counts, and what share of an epoch it is."""
+    shares = corpus.shares(recipe.training.seed)
+    return [
+        {**asdict(report), "an_epoch": share}
+        for report, share in zip(corpus.reports, shares, strict=True)
+    ]
+
+
+def _mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
+    """The share of each source in an epoch, a line each, where there are several."""
+    if len(corpus.sources) > 1:
+        shares = corpus.shares(recipe.training.seed)
+        for source, share in zip(corpus.sources, shares, strict=True):
+            yield (
+                f"{source.path}: an epoch sees {share['rows']:,} rows "
+                f"({share['rows_share']:.1%}), {share['tokens']:,} tokens "
+                f"({share['tokens_share']:.1%})"
+            )
 
 
 def _finish(

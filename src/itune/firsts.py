@@ -40,8 +40,9 @@ class Rows(samples.Opened):
         source: recipes.Source,
         encoder: encoding.Encoder,
         training: recipes.Training,
+        command: str = "",
     ) -> None:
-        super().__init__(number, source)
+        super().__init__(number, source, command)
         self.encoder, self.training = encoder, training
         self.known: dict[int, list[data.Encoded]] = {}
 
@@ -57,7 +58,7 @@ class Rows(samples.Opened):
 
     def wording(self, visit: int, row: int) -> int:
         """The wording that a row has in a visit."""
-        return templates.wording_of(self.n_wordings, self.training.seed, visit, row)
+        return int(templates.wording_of(self.n_wordings, self.training.seed, visit, row))
 
     def seen(self, visit: int, row: int, piece: int) -> data.Encoded | None:
         """What training sees of a row in a visit; None when it is dropped or has no such piece."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +117,164 @@ def templated(template: templates.Template, row: Mapping[str, Any], wording: int
 def example(template: templates.Template | None, row: Mapping[str, Any], wording: int) -> Example:
     """The Example of a row: by its template, or plain text where it has none."""
     return plain_text(row) if template is None else templated(template, row, wording)
+
+
+def alpaca(row: Mapping[str, Any]) -> Example:
+    """A row of Alpaca's shape: instruction, an input that may be empty or absent, output."""
+    instruction, given, output = (
+        _text(row, name, empty=name == "input") for name in ("instruction", "input", "output")
+    )
+    prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
+    return Example((Message("user", prompt), Message("assistant", output)), references=(output,))
+
+
+def _text(row: Mapping[str, Any], name: str, *, empty: bool = False) -> str:
+    value = row.get(name)
+    if empty and value is None:
+        return ""
+    if not isinstance(value, str) or not (empty or value.strip()):
+        raise errors.DataError(
+            f"column {name!r}: expected a text, found {_shown(value)}. Mend or take out the row."
+        )
+    return value
+
+
+def prompt_completion(row: Mapping[str, Any]) -> Example:
+    """A row of prompt and completion: two texts, or two lists of messages (role, content)."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) or isinstance(completion, str):
+        asked, answer = _text(row, "prompt"), _text(row, "completion")
+        return Example((Message("user", asked), Message("assistant", answer)), references=(answer,))
+    before, after = (
+        conversation({"messages": each}, answered=False).messages for each in (prompt, completion)
+    )
+    if len(after) != 1 or after[0].role != "assistant":
+        raise errors.DataError(
+            f"column 'completion': expected one message of the assistant, found "
+            f"{', '.join(each.role for each in after)}. Write such rows as 'messages'."
+        )
+    return Example((*before, *after), references=(after[0].content,))
+
+
+# --- which format a row has ---------------------------------------------------------------
+
+NEEDED = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+TOLD = {
+    "messages": "conversations (column messages)",
+    "conversations": "conversations (column conversations)",
+    "alpaca": "instructions (columns instruction, input, output)",
+    "prompt_completion": "prompts and completions (columns prompt, completion)",
+    "text": "plain text (column text)",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source become Examples: by a template, or by a format's name."""
+
+    template: templates.Template | None
+    format: str | None = None
+
+    @property
+    def wordings(self) -> int:
+        """How many ways there are to say a row."""
+        return max(1, len(self.template.prompts)) if self.template else 1
+
+    @property
+    def is_text(self) -> bool:
+        """Whether rows are running text, which has no prompt and no answer."""
+        return self.template is None and self.format == "text"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether rows hold messages that stand for themselves."""
+        return self.format in FORMATS if self.template is None else self.template.task == "chat"
+
+    @property
+    def task(self) -> templates.Template:
+        """The template, or one that stands for a format when its answers are scored."""
+        return self.template or templates.Template(name=str(self.format), task="chat")
+
+    @property
+    def told(self) -> str | None:
+        """What the columns were taken for; None where a template says it."""
+        return None if self.template else TOLD[str(self.format)]
+
+    def train_on(self, wanted: str) -> str:
+        """Which answers are learnt: of a prompt and completion, the completion alone."""
+        return "last" if self.format == "prompt_completion" else wanted
+
+    def columns(self) -> set[str]:
+        """The columns whose texts may be cut to make a row fit."""
+        if self.template is not None:
+            return self.template.columns()
+        return {"alpaca": {"instruction", "input"}, "prompt_completion": {"prompt"}}.get(
+            str(self.format), set()
+        )
+
+    def example(self, row: Mapping[str, Any], wording: int = 0) -> Example:
+        """The Example of a row in one wording. Raises DataError."""
+        if self.template is not None:
+            return templated(self.template, row, wording)
+        return FORMATS[str(self.format)](row)
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], Example]] = {
+    "messages": lambda row: conversation({"messages": row.get("messages")}),
+    "conversations": lambda row: conversation({"conversations": row.get("conversations")}),
+    "alpaca": alpaca,
+    "prompt_completion": prompt_completion,
+    "text": plain_text,
+}
+
+
+def reading(
+    template: str | None, format_: str | None, columns: Sequence[str], where: str, command: str
+) -> Reading:
+    """How to read rows with these columns: by the template or format named, or as they look.
+
+    `command`: tune wants prompts and answers, pretrain takes text too; "" takes what there is.
+    Raises DataError where the columns fit no format, or more than one.
+    """
+    if template is not None:
+        if format_ is not None:
+            raise errors.DataError(f"{where}: both template and format are given. Keep one.")
+        return Reading(templates.load(template))
+    found = [name for name, needed in NEEDED.items() if set(needed) <= set(columns)]
+    if len(found) > 1 and "text" in found and command != "pretrain":
+        found.remove("text")
+    if format_ is not None:
+        missing = sorted(set(NEEDED[format_]) - set(columns))
+        if missing:
+            raise errors.DataError(
+                f"{where}: format {format_}: no column {missing[0]!r}."
+                f"{errors.nearest(missing[0], columns)}"
+            )
+        found = [format_]
+    if len(found) > 1:
+        raise errors.DataError(
+            f"{where}: the columns can be read as {' or as '.join(TOLD[each] for each in found)}. "
+            f"Choose with format: {' or format: '.join(found)}, or name a template."
+        )
+    if not found:
+        raise errors.DataError(
+            f"{where}: nothing says what is prompt and what is answer in its columns "
+            f"({', '.join(sorted(columns)) or 'none'}). Name a template, or rename columns to one "
+            "of: messages; conversations; instruction and output; prompt and completion"
+            f"{'' if command == 'tune' else '; text'}."
+        )
+    if found == ["text"] and command == "tune":
+        raise errors.DataError(
+            f"{where}: its rows are plain text, so nothing says what is prompt and what is answer. "
+            "Name a template that splits them, or use itune pretrain."
+        )
+    return Reading(None, found[0])
 
 
 def _columns(row: Mapping[str, Any]) -> str:

@@ -256,7 +256,7 @@ class _Answerer:
 
         out = {}
         for source in self.recipe.data.eval:
-            if source.template is not None:
+            if not data.is_text(source):
                 continue
             limited = source.model_copy(update={"limit": self.limit or source.limit})
             corpus = data.corpus([limited], self.encoder, self.recipe.training)

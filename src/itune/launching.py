@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,70 @@ def launch_id() -> str:
 def is_main() -> bool:
     """Whether this process speaks for the others."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+# --- the first before the others ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def first_prepares(folder: Path) -> Iterator[None]:
+    """The body runs in the first process of each machine, and then in the others.
+
+    It holds before the processes are joined, so that no collective operation runs out of time
+    however long the first one takes. The others notice when it fails or dies. Raises
+    EnvironmentRefusal in them.
+    """
+    mark = folder / f".prepared-{socket.gethostname()}"
+    # What the processes of one start have in common, and those of another start do not.
+    start = f"{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+    elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        _write(mark, start, "preparing")
+        try:
+            yield
+        except BaseException:
+            _write(mark, start, "failed")
+            raise
+        _write(mark, start, "done")
+    else:
+        _wait(mark, start)
+        yield
+
+
+def _write(mark: Path, start: str, state: str) -> None:
+    beside = mark.with_name(f"{mark.name}.{os.getpid()}")
+    beside.write_text(json.dumps({"start": start, "state": state, "process": os.getpid()}))
+    beside.replace(mark)
+
+
+def _wait(mark: Path, start: str, seconds: float = 120.0, pause: float = 0.1) -> None:
+    """Wait for the first process; `seconds` for it to begin, then for as long as it lives."""
+    parent, deadline = os.getppid(), time.monotonic() + seconds
+    while True:
+        said = json.loads(mark.read_text()) if mark.is_file() else {}
+        state = said.get("state") if said.get("start") == start else None
+        if state == "done":
+            return
+        if state == "failed":
+            raise errors.EnvironmentRefusal("the first process failed; it says why.")
+        if state == "preparing" and not _alive(said["process"]):
+            raise errors.EnvironmentRefusal(
+                "the first process died while it prepared the data. Was there enough memory?"
+            )
+        if state is None and (time.monotonic() > deadline or os.getppid() != parent):
+            raise errors.EnvironmentRefusal("the first process never began to prepare the data.")
+        time.sleep(pause)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:  # one that has ended and that its parent has not yet taken note of
+        return ") Z" not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return True

@@ -462,7 +462,7 @@ def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
             f"but the model reads {room}. Set training.max_length: {room}."
         )
     entries = model.get_input_embeddings().weight.shape[0]
-    highest = int(corpus.ids.max())
+    highest = corpus.highest
     if highest >= entries:
         raise errors.ModelError(
             f"the tokenizer gives id {highest}, the model embeds {entries} tokens. They do not "

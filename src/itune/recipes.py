@@ -99,7 +99,11 @@ class Source(Record):
     revision: Text | None = None
     """The commit, tag or branch of the repository; the newest commit when left out."""
     template: Text | None = None
-    """The prompt template, by name or path; without one the column `text` is plain text."""
+    """The prompt template, by name or path; without one the columns say what a row is."""
+    format: Literal["messages", "conversations", "alpaca", "prompt_completion", "text"] | None = (
+        None
+    )
+    """What a row is where no template says it; found from the columns when left out."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
     """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
@@ -108,6 +112,10 @@ class Source(Record):
     """New names for columns, `old: new`, before the template sees them."""
     field: Text | None = None
     """The key of a JSON file under which its rows are."""
+    sample_by: Literal["line", "paragraph", "document"] | None = None
+    """What a row of a `.txt` file is: a line (when left out), a paragraph or the whole file."""
+    streaming: Flag = False
+    """Read only as much as the run needs, never the whole; for text that does not fit the disk."""
 
 
 def _listed(value: Any) -> Any:
@@ -127,6 +135,8 @@ class Data(Record):
     """The held-out rows to measure on; each source is reported under its template's name."""
     allow_overlap: Flag = False
     """Train although held-out rows are in the training data too; scores name how many."""
+    max_dropped: Annotated[Number, Field(ge=0, le=1)] = 0.01
+    """The share of a training source's rows that may be left out; more is an error."""
 
 
 # Those of transformers.SchedulerType that follow from the number of steps alone.

@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import data, encoding, errors, formats, orders, recipes, templates
+from itune import cases, encoding, formats, orders, preparing, recipes
+from itune import sources as opening
 
 if TYPE_CHECKING:
     import datasets
+
+STREAM_ROWS = 10_000  # chosen: a look at a stream is done in seconds
 
 
 class Opened:
     """A source, read but not encoded; `number` is its place in the recipe, from 0.
 
-    `plain` is running text, cut in pieces; `n_wordings` is 1 then. `columns` are those that a
-    template reads. Raises DataError when the source cannot be read.
+    `plain` is running text, cut in pieces; `n_wordings` is 1 then. `columns` are those whose texts
+    make the prompt. Of a stream only the first STREAM_ROWS rows are looked at. Raises DataError
+    when the source cannot be read.
     """
 
-    def __init__(self, number: int, source: recipes.Source) -> None:
+    def __init__(self, number: int, source: recipes.Source, command: str = "") -> None:
         self.number, self.source = number, source
-        self.rows: datasets.Dataset = data.load(source)
-        self._template = templates.load(source.template) if source.template else None
-        self.plain = self._template is None
-        self.n_wordings = max(1, len(self._template.prompts)) if self._template else 1
-        self.columns = sorted(self._template.columns()) if self._template else []
+        self._opened = opening.read(source)
+        self._reading = cases.reading(self._opened, command)
+        self.rows: datasets.Dataset = _looked_at(self._opened)
+        self.plain = self._reading.is_text
+        self.n_wordings = self._reading.wordings
+        self.columns = sorted(self._reading.columns())
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def mark(self) -> str:
-        """Changes when the rows or their template do."""
-        text = json.dumps([self.rows._fingerprint, repr(self._template)])
+        """Changes when the rows or how they are read do."""
+        text = json.dumps([self._opened.identity, repr(self._reading)], default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def first(self, seed: int, count: int) -> list[int]:
@@ -46,19 +52,12 @@ class Opened:
 
     def example(self, index: int, row: Mapping[str, Any], wording: int) -> formats.Example:
         """The Example of a row. Raises DataError with its place."""
-        try:
-            return formats.example(self._template, row, wording)
-        except errors.UserError as error:
-            raise errors.DataError(f"{self.source.path} row {index + 1}: {error}") from error
+        return cases.placed(self._opened, self._reading, index, row, wording)
 
     def batches(self, size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         """All rows, `size` at a time, and the number of the first of them."""
-        start = 0
-        for batch in self.rows.iter(batch_size=size):
-            values = zip(*batch.values(), strict=True)
-            rows = [dict(zip(batch, each, strict=True)) for each in values]
-            yield start, rows
-            start += len(rows)
+        for start in range(0, len(self.rows), size):
+            yield start, _rows(self.rows[start : start + size])
 
     def encoded(
         self,
@@ -67,6 +66,26 @@ class Opened:
         training: recipes.Training,
         *,
         visits: int | None,
-    ) -> list[data.Encoded]:
-        """What training makes of some rows; a dropped one gives none. See `data.examples`."""
-        return data.examples(self.rows, indices, self.source, encoder, training, visits=visits)
+    ) -> list[preparing.Encoded]:
+        """What training makes of some rows; a dropped one gives none.
+
+        `visits`: how many visits choose wordings; None = every wording. Raises DataError.
+        """
+        asked = visits if self.n_wordings > 1 else None
+        job = preparing.Job(self._opened, self._reading, encoder, training, asked)
+        rows = _rows(self.rows[list(indices)])
+        return job.examples(list(zip(indices, rows, strict=True)))
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    values = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, each, strict=True)) for each in values]
+
+
+def _looked_at(opened: opening.Rows) -> datasets.Dataset:
+    if not opened.source.streaming:
+        rows: datasets.Dataset = opened.data
+        return rows
+    import datasets
+
+    return datasets.Dataset.from_list(list(itertools.islice(iter(opened.data), STREAM_ROWS)))

@@ -8,7 +8,6 @@ error, never an empty text), sandboxed, without loading other files, and may not
 from __future__ import annotations
 
 import functools
-import hashlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -378,19 +377,27 @@ def _note(document: yamls.Document, key: yamls.Key, line: int, what: str) -> Non
 # --- wordings -----------------------------------------------------------------------------------
 
 
-def wording_of(n_prompts: int, seed: int, epoch: int, row_index: int) -> int:
+def wording_of(n_prompts: int, seed: int, epoch: int, row_index: Any) -> Any:
     """Which wording a row has in an epoch: a pure function, whatever the process or the order.
 
-    Each n consecutive rows have each of the n wordings once, in an order drawn anew for every n,
-    and in n epochs every row has each wording once.
+    Each n consecutive rows have each of the n wordings once, beginning anywhere and in either
+    direction as is drawn anew for every n, and in n epochs every row has each wording once.
+    `row_index`: a number, or a NumPy array of uint64 for as many wordings at once.
     """
     if n_prompts <= 1:
-        return 0
-    block, member = divmod(row_index, n_prompts)
-    order = sorted(range(n_prompts), key=lambda wording: _draw(seed, block, wording))
-    return (order[member] + epoch) % n_prompts
+        return row_index * 0
+    block, member = row_index // n_prompts, row_index % n_prompts
+    drawn = _mixed(_mixed(seed) ^ block) >> 8
+    step = 1 + (drawn % 2) * (n_prompts - 2)  # 1 or n - 1, which is -1
+    return (step * member + (drawn // 2) % n_prompts + epoch) % n_prompts
 
 
-def _draw(*numbers: int) -> bytes:
-    text = ",".join(map(str, numbers)).encode()
-    return hashlib.blake2b(text, digest_size=8).digest()
+def _mixed(number: Any) -> Any:
+    """A number of 64 bits that looks random (splitmix64, Steele et al. 2014)."""
+    number = (number + 0x9E3779B97F4A7C15) & _BITS
+    number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _BITS
+    number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _BITS
+    return number ^ (number >> 31)
+
+
+_BITS = (1 << 64) - 1

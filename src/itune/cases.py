@@ -1,0 +1,136 @@
+"""What is scored: the prompts of evaluation data, in every wording, with their gold answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from itune import encoding, errors, fitting, formats, recipes, sources, templates
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One prompt to answer: a row in one wording, its prompt ids and its gold answers."""
+
+    row: int
+    wording: int
+    messages: tuple[formats.Message, ...]
+    ids: tuple[int, ...]
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The cases of one evaluation source, named by its template, or by its file without one."""
+
+    name: str
+    path: str
+    template: templates.Template
+    cases: tuple[Case, ...]
+    truncated: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are, each asked in every wording."""
+        return len({case.row for case in self.cases})
+
+
+def reading(rows: sources.Rows, command: str = "") -> formats.Reading:
+    """How the rows of a source become Examples. Raises DataError."""
+    source = rows.source
+    return formats.reading(source.template, source.format, _columns(rows), source.path, command)
+
+
+def _columns(rows: sources.Rows) -> list[str]:
+    return list(rows.columns) if rows.source.template is None else []
+
+
+def is_text(source: recipes.Source) -> bool:
+    """Whether a source holds running text, which is measured by its perplexity."""
+    return source.template is None and reading(sources.read(source)).is_text
+
+
+def placed(
+    rows: sources.Rows, how: formats.Reading, index: int, row: Any, wording: int
+) -> formats.Example:
+    """The Example of a row. Raises DataError with the place, and how many rows are like it."""
+    try:
+        return how.example(row, wording)
+    except errors.UserError as error:
+        text = f"{rows.place(index)}: {error}"
+        if not rows.source.streaming:
+            alike = sum(1 for _ in _broken(rows, how, wording))
+            text += f" {alike} such row{'s' * (alike > 1)} of {min(len(rows.data), MOST_COUNTED)}."
+        raise errors.DataError(text) from error
+
+
+# chosen: a few seconds at most, when the command fails anyway.
+MOST_COUNTED = 50_000
+
+
+def _broken(rows: sources.Rows, how: formats.Reading, wording: int) -> Iterator[int]:
+    for index in range(min(len(rows.data), MOST_COUNTED)):
+        try:
+            how.example(rows.data[index], wording)
+        except errors.UserError:
+            yield index
+
+
+def tasks(
+    asked: Sequence[recipes.Source],
+    encoder: encoding.Encoder,
+    *,
+    max_prompt: int,
+    limit: int | None = None,
+) -> list[Task]:
+    """The prompts of each evaluation source that has answers, in every wording.
+
+    `max_prompt`: tokens a prompt may have; a longer one is shortened as in training.
+    Raises DataError when a row is broken or a prompt cannot be made to fit.
+    """
+    out: list[Task] = []
+    for source in asked:
+        least = [each for each in (limit, source.limit) if each is not None]
+        given = source.model_copy(update={"limit": min(least, default=None), "streaming": False})
+        rows = sources.read(given)
+        how = reading(rows)
+        if how.is_text:
+            continue
+        name = how.task.name if how.template else Path(source.path).stem
+        if any(task.name == name for task in out):
+            name = f"{name}:{Path(source.path).stem}"
+        cases, truncated = _cases(rows, how, encoder, max_prompt)
+        out.append(Task(name, source.path, how.task, tuple(cases), truncated))
+    return out
+
+
+def _cases(
+    rows: sources.Rows, how: formats.Reading, encoder: encoding.Encoder, max_prompt: int
+) -> tuple[list[Case], int]:
+    jobs = []
+    for index, row in enumerate(rows.data):
+        for wording in range(how.wordings):
+            example = placed(rows, how, index, row, wording)
+            if not example.references:
+                raise errors.DataError(
+                    f"{rows.place(index)}: the conversation does not end with the "
+                    "assistant's answer, so there is nothing to score against."
+                )
+            jobs.append((index, wording, row, example))
+    encoded = encoder.conversations([example.prompt for *_, example in jobs], prompt=True)
+    cases, truncated = [], 0
+    for (index, wording, row, example), tokens in zip(jobs, encoded, strict=True):
+        messages, ids = example.prompt, tokens.ids
+        if len(ids) > max_prompt:
+            shorter = fitting.prompt(example, how, row, wording, encoder, max_prompt)
+            if shorter is None:
+                raise errors.DataError(
+                    f"{rows.place(index)}: the prompt has {len(ids)} tokens, at most "
+                    f"{max_prompt} fit beside the answer. Raise training.max_length, lower "
+                    "generation.max_new_tokens, or take the row out."
+                )
+            (messages, ids), truncated = shorter, truncated + 1
+        cases.append(Case(index, wording, messages, tuple(ids), example.references))
+    return cases, truncated

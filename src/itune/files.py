@@ -1,0 +1,354 @@
+"""Files of rows: which kinds there are, unpacking them, and telling the line that is broken."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import math
+import re
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from itune import cache, errors
+
+BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+# chosen: text shrinks 3 to 30 times; what grows more than this is made to fill a disk.
+MOST_GROWTH = 200
+SMALL = 1 << 24
+# chosen: far below where Python's own reader gives up, far above any row of data.
+DEEPEST = 100
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile("[\ud800-\udfff]")
+KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+
+
+def kind(path: str | Path) -> str | None:
+    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`; None where it is no file of rows."""
+    path = Path(path)
+    inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    suffix = inner.suffix.lower()
+    return suffix if suffix in BUILDERS else None
+
+
+# --- unpacking ----------------------------------------------------------------------------
+
+
+def unpacked(path: Path) -> Path:
+    """The file itself, or what is packed in it, in itune's cache. Raises DataError."""
+    if path.suffix.lower() not in PACKED:
+        return path
+    name = cache.fingerprint([cache.digest(path), path.stem])
+
+    def make(folder: Path) -> dict[str, Any]:
+        with _opened(path) as packed, (folder / path.stem).open("wb") as out:
+            _copy(path, packed, out)
+        return {}
+
+    try:
+        folder, _ = cache.entry("unpacked", name, make)
+    except (OSError, EOFError, lzma.LZMAError, zipfile.BadZipFile, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise errors.DataError(
+            f"{path}: cannot be unpacked: {one_line(error)} Was the copy cut? Fetch it again."
+        ) from error
+    return folder / path.stem
+
+
+def _opened(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        return pyarrow.input_stream(str(path), compression="zstd")  # type: ignore[no-any-return]
+    if suffix == ".zip":
+        return _member(path)
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[suffix]
+    return opener(path, "rb")  # type: ignore[no-any-return]
+
+
+def _member(path: Path) -> IO[bytes]:
+    """The one file in a zip."""
+    archive = zipfile.ZipFile(path)
+    members = [each for each in archive.infolist() if not each.is_dir()]
+    for each in members:
+        link = (each.external_attr >> 16) & 0o170000 == 0o120000
+        if link or ".." in Path(each.filename).parts or Path(each.filename).is_absolute():
+            raise errors.DataError(
+                f"{path}: member {errors.shown(each.filename)} is a link or lies outside of the "
+                "archive. Unpack it by hand if you trust it."
+            )
+    if len(members) != 1:
+        raise errors.DataError(
+            f"{path}: {len(members)} files in it, expected one. Unpack it and name the folder."
+        )
+    return archive.open(members[0])
+
+
+def _copy(path: Path, packed: IO[bytes], out: IO[bytes]) -> None:
+    most = max(SMALL, MOST_GROWTH * path.stat().st_size)
+    room = shutil.disk_usage(Path(out.name).parent).free
+    size = 0
+    while block := packed.read(1 << 20):
+        size += len(block)
+        if size > most:
+            raise errors.DataError(
+                f"{path}: grows more than {MOST_GROWTH} times when unpacked. Unpack it by hand "
+                "if you trust it."
+            )
+        if size > room:
+            raise errors.EnvironmentRefusal(f"{path}: no room to unpack it in {out.name}.")
+        out.write(block)
+
+
+# --- what is wrong with a file ------------------------------------------------------------
+
+
+def check(paths: Sequence[Path], names: Sequence[str], suffix: str, field: str | None) -> bool:
+    """Read through files of text, once for each content; raise DataError where one is broken.
+
+    Readers say that a file is broken, not where; and some mistakes they take as they are: a key
+    given twice, NaN, half of a character. `names`: how messages call the files. Whether one of
+    them is a JSON list although its name says lines.
+    """
+    listed = False
+    for path, name in zip(paths, names, strict=True):
+
+        def look(_folder: Path, path: Path = path, name: str = name) -> bool:
+            return _look(path, name, suffix, field)
+
+        key = cache.fingerprint([cache.digest(path), suffix, field, "1"])
+        listed |= bool(cache.entry("checked", key, look)[1])
+    return listed
+
+
+def _look(path: Path, name: str, suffix: str, field: str | None) -> bool:
+    if suffix in (".parquet", ".arrow"):
+        return False
+    if path.stat().st_size == 0:
+        raise errors.DataError(f"{name}: 0 rows, the file is empty. Check how it was written.")
+    if suffix == ".jsonl" and not _is_list(path):
+        _check_lines(path, name)
+        return False
+    if suffix in (".json", ".jsonl"):
+        _check_document(path, name, field)
+        return suffix == ".jsonl"
+    rows = sum(bool(line.strip()) for _, line in _lines(path, name))
+    if not rows:
+        raise errors.DataError(f"{name}: 0 rows, only blank lines. Check how it was written.")
+    return False
+
+
+def _is_list(path: Path) -> bool:
+    """Whether a whole list stands in the file; one that is a line of its own is a broken row."""
+    with path.open("rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+        if not first.lstrip().startswith(b"["):
+            return False
+        try:
+            json.loads(first)
+        except (ValueError, RecursionError):
+            return True
+        return not any(line.strip() for line in file)
+
+
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines as text. Raises DataError with the line and byte that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise errors.DataError(
+                    f"{name}:1: UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8."
+                )
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise errors.DataError(
+                    f"{name}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
+                    f"{error.start}. Convert it, such as iconv -f LATIN1 -t UTF-8."
+                ) from error
+
+
+class _Fault(ValueError):
+    """What is wrong within a line; the line's number is added where it is known."""
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise _Fault(f"the key {errors.shown(twice)} is given twice. Keep one.")
+    return made
+
+
+def _constant(word: str) -> Any:
+    raise _Fault(f"{word} is no value of JSON. Write null, or take the row out.")
+
+
+READER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+
+
+def _parsed(text: str, place: str, whole: str = "line") -> Any:
+    """A JSON value. Raises DataError that begins with the place."""
+    try:
+        if text.count("[") + text.count("{") > DEEPEST and _depth(text) > DEEPEST:
+            raise _Fault(f"nested deeper than {DEEPEST}. Flatten the row.")
+        value = READER.decode(text)
+        whole_text = json.dumps(value, ensure_ascii=False) if HALF.search(text) else ""
+        if found := SURROGATE.search(whole_text):
+            raise _Fault(
+                f"half of a character, U+{ord(found[0]):04X}. Write the text anew as UTF-8."
+            )
+    except json.JSONDecodeError as error:
+        raise errors.DataError(_malformed(error, place, whole)) from error
+    except _Fault as error:
+        raise errors.DataError(f"{place}: {error}") from error
+    return value
+
+
+def _malformed(error: json.JSONDecodeError, place: str, whole: str) -> str:
+    line = error.doc
+    near = errors.shown(line[max(0, error.pos - 30) : error.pos + 30].strip())
+    at = f"{place}:{error.pos + 1}" if whole == "line" else f"{place}:{error.lineno}:{error.colno}"
+    rest = line[error.pos :].strip()
+    if error.msg.startswith("Unterminated") or not rest:
+        return f"{at}: the {whole} ends inside a value, near {near}. Was the copy cut? Fetch it."
+    what = error.msg[0].lower() + error.msg[1:]
+    return f"{at}: not JSON, {what}, near {near}. Mend it or take it out."
+
+
+def _depth(text: str) -> int:
+    bare = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)
+    deepest = depth = 0
+    for sign in re.findall(r"[\[\]{}]", bare):
+        depth += 1 if sign in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _check_lines(path: Path, name: str) -> None:
+    columns = _Columns(name)
+    for number, line in _lines(path, name):
+        if line.strip():
+            columns.add(_parsed(line.rstrip("\r\n"), f"{name}:{number}"), f"{name}:{number}")
+    if not columns.rows:
+        raise errors.DataError(f"{name}: 0 rows, only blank lines. Check how it was written.")
+    columns.check()
+
+
+def _check_document(path: Path, name: str, field: str | None) -> None:
+    text = "".join(line for _, line in _lines(path, name))
+    try:
+        value = _parsed(text, name, "file")
+    except errors.DataError:
+        first = text.lstrip().partition("\n")[0]
+        if not _is_object(first) or field is not None:
+            raise
+        return _check_lines(path, name)  # lines of JSON under the name of one value
+    if field is not None:
+        if not isinstance(value, dict) or field not in value:
+            known = value if isinstance(value, dict) else ()
+            raise errors.DataError(f"{name}: no field {field!r}.{errors.nearest(field, known)}")
+        value = value[field]
+    if isinstance(value, dict) and any(isinstance(each, list) for each in value.values()):
+        lists = [key for key, each in value.items() if isinstance(each, list)]
+        raise errors.DataError(
+            f"{name}: expected a list of rows, found a mapping. Name the key that they are under "
+            f"with field.{errors.nearest('', lists)}"
+        )
+    rows = value if isinstance(value, list) else [value]
+    if not rows:
+        raise errors.DataError(f"{name}: 0 rows, the list is empty. Check how it was written.")
+    columns = _Columns(name)
+    for number, row in enumerate(rows, 1):
+        columns.add(row, f"{name} row {number}")
+    return columns.check()
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class _Columns:
+    """What kinds of values each column holds, so that the odd one out can be named."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rows = name, 0
+        self.seen: dict[str, dict[str, tuple[int, str, Any]]] = {}
+
+    def add(self, row: Any, place: str) -> None:
+        if not isinstance(row, dict):
+            raise errors.DataError(
+                f"{place}: expected an object {{...}}, found {shown_kind(row)}. Each row is an "
+                "object with its columns."
+            )
+        self.rows += 1
+        for column, value in row.items():
+            if value is None:
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise errors.DataError(f"{place}: column {column!r}: a number too large to hold.")
+            kinds = self.seen.setdefault(column, {})
+            found = shown_kind(value)
+            count, first, example = kinds.get(found, (0, place, value))
+            kinds[found] = (count + 1, first, example)
+
+    def check(self) -> None:
+        for column, kinds in self.seen.items():
+            if len(kinds) > 1:
+                usual = max(kinds, key=lambda each: kinds[each][0])
+                odd = min(kinds, key=lambda each: kinds[each][0])
+                count, place, value = kinds[odd] if odd != usual else list(kinds.values())[1]
+                raise errors.DataError(
+                    f"{place}: column {column!r}: expected {usual}, as most rows have, found {odd} "
+                    f"({errors.shown(value)}); {count} such row{'s' * (count > 1)} of {self.rows}. "
+                    "Mend or take them out."
+                )
+
+
+def shown_kind(value: Any) -> str:
+    """What a value is, in words."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, list):
+        return "a list"
+    return KINDS.get(type(value), "nothing" if value is None else type(value).__name__)
+
+
+def line_of(paths: Iterable[Path], row: int) -> tuple[int, int] | None:
+    """(which file, which line) a row of JSONL files is at; None when they have no such row."""
+    for number, path in enumerate(paths):
+        with path.open("rb") as file:
+            for line_number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if row == 0:
+                    return number, line_number
+                row -= 1
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text as one sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else f"{text}."

@@ -1,0 +1,304 @@
+"""One source's rows become tokens in files of itune's cache, a batch at a time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import itune
+from itune import cache, cases, encoding, errors, fitting, formats, recipes, sources, templates
+
+BATCH = 1000
+# What of an example is kept beside its tokens, each a file of int32.
+Numbered = tuple[int, Mapping[str, Any]]  # a row and its number, from 0
+COLUMNS = ("length", "targets", "row", "wording", "truncated")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as training has it: its row and wording, both from 0, and its tokens."""
+
+    row: int
+    wording: int
+    truncated: bool
+    tokens: encoding.Tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source as it was prepared: its folder, what is known of it, and how it was read."""
+
+    folder: Path
+    known: dict[str, Any]
+    rows: sources.Rows
+    reading: formats.Reading
+
+    def column(self, name: str, dtype: str = "int32") -> np.ndarray:
+        """A file of the folder as a flat array that is mapped, not read."""
+        path = self.folder / f"{name}.bin"
+        if path.stat().st_size == 0:
+            return np.zeros(0, dtype)
+        return np.memmap(path, dtype, "r")
+
+
+def prepared(
+    source: recipes.Source,
+    encoder: encoding.Encoder,
+    training: recipes.Training,
+    *,
+    visits: int | None,
+    command: str,
+) -> Part:
+    """A source read, rendered and encoded; from the cache where nothing has changed.
+
+    `visits`: how many wordings a row is seen in; None for all. Raises DataError.
+    """
+    rows = sources.read(source)
+    how = cases.reading(rows, command)
+    job = Job(rows, how, encoder, training, visits if how.wordings > 1 else None)
+    folder, known = cache.entry("tokens", job.fingerprint(), job.write)
+    return Part(folder, known, rows, how)
+
+
+@functools.lru_cache(maxsize=1)
+def _code() -> str:
+    """The digest of the code that decides what a row's tokens are."""
+    made = hashlib.sha256(itune.__version__.encode())
+    for module in (cases, encoding, fitting, formats, sources, templates):
+        made.update(Path(str(module.__file__)).read_bytes())
+    made.update(Path(__file__).read_bytes())
+    return made.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """The digest of all of a tokenizer that decides which ids a text has."""
+    special = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
+    text = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.chat_template}{special}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared, and all that it follows from."""
+
+    rows: sources.Rows
+    reading: formats.Reading
+    encoder: encoding.Encoder
+    training: recipes.Training
+    visits: int | None
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens that a stream is read for; None for all of it."""
+        training = self.training
+        if not self.rows.source.streaming or training.max_steps <= 0:
+            return None
+        return training.max_steps * training.tokens_per_step
+
+    def fingerprint(self) -> str:
+        """The name of the result in the cache."""
+        template = self.reading.template
+        return cache.fingerprint(
+            {
+                "code": _code(),
+                "rows": self.rows.identity,
+                "template": None if template is None else template.model_dump(mode="json"),
+                "format": self.reading.format,
+                "tokenizer": tokenizer_digest(self.encoder.tokenizer),
+                "max_length": self.training.max_length,
+                "train_on": self.training.train_on,
+                "seed": None if self.visits is None else self.training.seed,
+                "visits": self.visits,
+                "budget": self.budget,
+            }
+        )
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Fill a folder; returns what is known of it, as plain data."""
+        with _Writer(folder) as out:
+            for batch in self._batches():
+                self._encode(out, batch)
+                if self.budget and out.tally.tokens >= self.budget * self.reading.wordings:
+                    break
+            return out.known()
+
+    def examples(self, numbered: Sequence[Numbered]) -> list[Encoded]:
+        """What training makes of a few rows; one that is dropped gives none."""
+        out = _Few()
+        self._encode(out, numbered)
+        return out.kept
+
+    def _batches(self) -> Iterator[list[Numbered]]:
+        rows = self.rows.data
+        if self.rows.source.streaming:
+            waiting = iter(enumerate(rows))
+            while batch := list(itertools.islice(waiting, BATCH)):
+                yield batch
+            return
+        for start in range(0, len(rows), BATCH):
+            columns = rows[start : start + BATCH]
+            values = zip(*columns.values(), strict=True)
+            yield [
+                (k, dict(zip(columns, each, strict=True))) for k, each in enumerate(values, start)
+            ]
+
+    def _encode(self, out: _Out, batch: Sequence[Numbered]) -> None:
+        (self._documents if self.reading.is_text else self._conversations)(out, batch)
+
+    def _documents(self, out: _Out, batch: Sequence[Numbered]) -> None:
+        longest = self.training.max_length
+        for index, row in batch:
+            text = row.get("text")
+            if isinstance(text, str) and not text.strip():
+                out.tally.empty += 1
+                out.row("")
+                continue
+            text = cases.placed(self.rows, self.reading, index, row, 0).text or ""
+            out.row(text)
+            ids = self.encoder.document(text)
+            for first in range(0, len(ids), longest):
+                part = ids[first : first + longest]
+                out.keep(encoding.Tokens(part, [True] * len(part)), index, 0, False)
+            out.tally.kept += 1
+
+    def _conversations(self, out: _Out, batch: Sequence[Numbered]) -> None:
+        jobs = [
+            (index, row, wording, cases.placed(self.rows, self.reading, index, row, wording))
+            for index, row in batch
+            for wording in self._needed(index)
+        ]
+        train_on = self.reading.train_on(self.training.train_on)
+        encoded = self._encoded(jobs, train_on)
+        for _, wordings in itertools.groupby(
+            zip(jobs, encoded, strict=True), key=lambda pair: pair[0][0]
+        ):
+            self._keep_row(out, list(wordings), train_on)
+
+    def _keep_row(self, out: _Out, wordings: list[Any], train_on: str) -> None:
+        """One row in each of its wordings, cut where it is too long, left out where it must be."""
+        limit, kept, too_long = self.training.max_length, False, False
+        first = wordings[0][0][3]
+        out.row("\x00".join(f"{m.role}\x00{m.content}" for m in first.messages))
+        for (index, row, wording, example), tokens in wordings:
+            out.full.append(len(tokens.ids))
+            fitted: encoding.Tokens | None = tokens
+            if len(tokens.ids) > limit:
+                fitted = fitting.example(
+                    example, self.reading, row, wording, self.encoder, limit, train_on
+                )
+                too_long |= fitted is None
+            if fitted is not None and any(fitted.supervised[1:]):
+                out.keep(fitted, index, wording, fitted is not tokens)
+                kept = True
+        out.tally.kept += kept
+        out.tally.too_long += too_long and not kept
+
+    def _encoded(self, jobs: list[Any], train_on: str) -> list[encoding.Tokens]:
+        try:
+            return self.encoder.conversations([job[3].messages for job in jobs], train_on=train_on)
+        except errors.DataError:
+            for index, _, _, example in jobs:  # which one is it?
+                try:
+                    self.encoder.conversation(example.messages, train_on=train_on)
+                except errors.DataError as error:
+                    raise errors.DataError(f"{self.rows.place(index)}: {error}") from error
+            raise
+
+    def _needed(self, row: int) -> list[int]:
+        count, seed = self.reading.wordings, self.training.seed
+        if self.visits is None or self.visits >= count:
+            return list(range(count))
+        return sorted({templates.wording_of(count, seed, n, row) for n in range(self.visits)})
+
+
+@dataclass
+class _Tally:
+    """What became of a source's rows."""
+
+    read: int = 0
+    kept: int = 0
+    tokens: int = 0
+    too_long: int = 0
+    empty: int = 0
+    highest: int = 0
+
+
+class _Out:
+    """Where encoded examples go; what became of their rows, and how long each would be whole."""
+
+    def __init__(self) -> None:
+        self.tally = _Tally()
+        self.full = array("i")
+
+    def row(self, text: str) -> None:
+        """Count a row; `text` is what tells it from others."""
+        self.tally.read += 1
+
+    def keep(self, tokens: encoding.Tokens, row: int, wording: int, truncated: bool) -> None:
+        """Take an example."""
+        raise TypeError(f"{type(self).__name__} takes none")
+
+
+class _Few(_Out):
+    """A few examples, at hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Encoded] = []
+
+    def keep(self, tokens: encoding.Tokens, row: int, wording: int, truncated: bool) -> None:
+        """Take an example."""
+        self.kept.append(Encoded(row, wording, truncated, tokens))
+
+
+class _Writer(_Out):
+    """The files of a part while they grow."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.columns = {name: array("i") for name in COLUMNS}
+        self.keys = array("Q")
+        self.ids = (folder / "ids.bin").open("wb")
+        self.supervised = (folder / "supervised.bin").open("wb")
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ids.close()
+        self.supervised.close()
+
+    def row(self, text: str) -> None:
+        """Count a row; `text` is what tells it from others."""
+        super().row(text)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        self.keys.append(int.from_bytes(digest, "little"))
+
+    def keep(self, tokens: encoding.Tokens, row: int, wording: int, truncated: bool) -> None:
+        """Write an example."""
+        self.ids.write(np.array(tokens.ids, np.int32).tobytes())
+        learnt = np.array(tokens.supervised, bool)
+        self.supervised.write(learnt.tobytes())
+        self.tally.tokens += len(learnt)
+        self.tally.highest = max(self.tally.highest, *tokens.ids)
+        values = (len(learnt), int(learnt[1:].sum()), row, wording, int(truncated))
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column.append(value)
+
+    def known(self) -> dict[str, Any]:
+        """Write the small columns; what is known of the whole."""
+        for name, column in (*self.columns.items(), ("keys", self.keys)):
+            (self.folder / f"{name}.bin").write_bytes(column.tobytes())
+        full = np.frombuffer(self.full, np.int32) if self.full else np.zeros(1, np.int32)
+        shares = (0.05, 0.5, 0.95, 1)
+        lengths = np.quantile(full, shares, method="higher").astype(int).tolist()
+        return {**asdict(self.tally), "lengths": lengths}

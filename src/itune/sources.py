@@ -1,0 +1,345 @@
+"""Where rows come from: files, folders, what `datasets` saved, and data sets of the hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from itune import cache, errors, files, recipes
+from itune.files import one_line
+
+if TYPE_CHECKING:
+    import datasets
+
+SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
+COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a source and what is known of them.
+
+    `data` is a `datasets.Dataset`, or an IterableDataset where the source is streamed. `identity`
+    is plain data that differs whenever the rows do. `commit` is that of a hub data set. `notes`
+    are for the user. `lines` are JSONL files in which row i is the i-th line that is not blank.
+    """
+
+    source: recipes.Source
+    data: Any
+    identity: Any
+    commit: str | None = None
+    notes: tuple[str, ...] = ()
+    lines: tuple[tuple[str, Path], ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns."""
+        names: Any = self.data.column_names
+        return list(next(iter(self.data), {}) if names is None else names)
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages: its file and line where they are known."""
+        found = files.line_of([path for _, path in self.lines], index) if self.lines else None
+        if found is None:
+            return f"{self.source.path} row {index + 1}"
+        return f"{self.lines[found[0]][0]}:{found[1]}"
+
+
+def load(source: recipes.Source) -> datasets.Dataset:
+    """The rows of a source, as a `datasets.Dataset`; see `read`."""
+    return read(source.model_copy(update={"streaming": False})).data
+
+
+def read(source: recipes.Source) -> Rows:
+    """The rows of a source: a file, a glob, a folder or a data set of the hub.
+
+    A file stands for whatever split the source names, so that `test[:100]` works on it too.
+    Raises DataError with the file and line where a row is broken, EnvironmentRefusal when the
+    hub cannot be reached.
+    """
+    split = source.split or "train"
+    if source.streaming and "[" in split:
+        raise errors.DataError(
+            f"{source.path}: split {split!r}: a stream has no slices. Use limit, or leave out "
+            "streaming."
+        )
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        saved = [path / name for name in ("state.json", "dataset_dict.json")]
+        whole = any(each.is_file() for each in saved)
+        rows = _saved(source, path, split) if whole else _folder(source, path, split)
+    elif glob.has_magic(source.path):
+        # The pattern as the user typed it, relative or absolute: Path.glob takes relative alone.
+        every = glob.glob(str(path), recursive=True)  # noqa: PTH207
+        found = sorted(each for each in every if Path(each).is_file())
+        if not found:
+            raise errors.DataError(
+                f"{source.path}: no file matches, in {Path.cwd()}. Check the pattern."
+            )
+        rows = _files(source, found, split)
+    elif path.is_file():
+        rows = _files(source, [str(path)], split)
+    elif files.kind(path) is not None:
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise errors.DataError(
+            f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)}"
+        )
+    else:
+        rows = _hub(source, split)
+    return _shaped(rows)
+
+
+def _name(split: str, where: str) -> str:
+    name = re.match(r"\w+", split)
+    if name is None:
+        raise errors.DataError(
+            f"{where}: split {split!r} names no split. Write it as train or test[:1000]."
+        )
+    return name[0]
+
+
+# --- folders ------------------------------------------------------------------------------
+
+
+def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
+    """A folder that `save_to_disk` wrote, of one split or of several."""
+    import datasets
+
+    made = datasets.load_from_disk(str(path))
+    name = _name(split, source.path)
+    splits = dict(made) if isinstance(made, datasets.DatasetDict) else {name: made}
+    if name not in splits:
+        raise errors.DataError(
+            f"{source.path}: no split {name!r}.{errors.nearest(name, map(str, splits))}"
+        )
+    try:
+        wanted = datasets.ReadInstruction.from_spec(split).to_absolute(
+            {str(key): len(each) for key, each in splits.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise errors.DataError(f"{source.path}: split {split!r}: {one_line(error)}") from error
+    parts = [splits[each.splitname].select(range(each.from_, each.to)) for each in wanted]
+    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    content = [
+        [str(each.relative_to(path)), cache.digest(each)]
+        for each in sorted(path.rglob("*"))
+        if each.suffix in (".arrow", ".json") and not each.name.startswith("cache-")
+    ]
+    data = rows.to_iterable_dataset() if source.streaming else rows
+    return Rows(source, data, ["saved", content, split])
+
+
+def _folder(source: recipes.Source, path: Path, split: str) -> Rows:
+    """A folder of files of one kind; where their names tell splits apart, those of the split."""
+    if source.data_files is not None:
+        return _files(source, _named_files(source, path, split), split)
+    every = [str(each) for each in sorted(path.rglob("*")) if each.is_file()]
+    every = [each for each in every if not any(p.startswith(".") for p in Path(each).parts[-2:])]
+    found = [each for each in every if files.kind(each) is not None]
+    scripts = [each for each in every if each.endswith(".py")]
+    if scripts and (not found or Path(scripts[0]).stem == path.name):
+        raise errors.DataError(
+            f"{scripts[0]}: a script that makes a data set, and scripts are not run. Run it "
+            "yourself and save what it makes as Parquet or JSONL."
+        )
+    if not found:
+        raise errors.DataError(
+            f"{source.path}: a folder without files of rows. Known kinds: "
+            f"{', '.join(files.BUILDERS)}, each also packed as {', '.join(files.PACKED)}."
+        )
+    return _files(source, _of_split(source, found, _name(split, source.path), path), split)
+
+
+def _of_split(source: recipes.Source, found: list[str], name: str, folder: Path) -> list[str]:
+    def says(file: str, split: str) -> bool:
+        inner = Path(file).relative_to(folder).as_posix().lower()
+        return re.search(rf"(?<![a-z]){split}(?![a-z])", inner) is not None
+
+    if chosen := [each for each in found if says(each, name.lower())]:
+        return chosen
+    told = [split for split in SPLITS if any(says(each, split) for each in found)]
+    if told:
+        raise errors.DataError(
+            f"{source.path}: no split {name!r}: its files are those of {', '.join(told)}. Set "
+            "split to one of them."
+        )
+    return found
+
+
+def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:
+    wanted: Any = source.data_files
+    if isinstance(wanted, Mapping):
+        name = _name(split, source.path)
+        if name not in wanted:
+            raise errors.DataError(
+                f"{source.path}: data_files has no split {name!r}.{errors.nearest(name, wanted)}"
+            )
+        wanted = wanted[name]
+    out: list[str] = []
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        found = sorted(str(each) for each in path.glob(pattern) if each.is_file())
+        if not found:
+            raise errors.DataError(f"{source.path}: data_files: no file matches {pattern!r}.")
+        out += found
+    return out
+
+
+# --- files --------------------------------------------------------------------------------
+
+
+def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
+    suffix = _one_kind(source, names)
+    _refuse_keys(source, suffix)
+    name = _name(split, source.path)
+    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    if source.field is not None:
+        options["field"] = source.field
+    if suffix == ".txt" and source.sample_by is not None:
+        options["sample_by"] = source.sample_by
+    builder = files.BUILDERS[suffix]
+    notes: tuple[str, ...] = ()
+    content: list[Any]
+    paths: list[Path]
+    where: dict[str, Any]
+    if source.streaming:
+        where = {"data_files": {name: names}, "streaming": True}
+        states = [Path(each).stat() for each in names]
+        content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
+        paths = []
+    else:
+        paths = [files.unpacked(Path(each)) for each in names]
+        if files.check(paths, names, suffix, source.field):
+            notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
+        content = [cache.digest(each) for each in paths]
+        # Kept by what is in the files: `datasets` itself goes by their time of change alone.
+        kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
+        where = {"data_files": {name: [str(each) for each in paths]}, "cache_dir": str(kept)}
+    rows = _built(source, builder, split, {**where, **options})
+    plain = suffix == ".jsonl" and not notes and "[" not in split
+    return Rows(
+        source,
+        rows,
+        ["files", builder, content, options, split if "[" in split else None, source.streaming],
+        notes=notes,
+        lines=tuple(zip(names, paths, strict=True)) if plain and paths else (),
+    )
+
+
+def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
+    kinds = {files.kind(each) or Path(each).suffix.lower(): each for each in reversed(names)}
+    if len(kinds) > 1:
+        (one, first), (other, second) = sorted(kinds.items())[:2]
+        raise errors.DataError(
+            f"{source.path}: files of two kinds, {one} ({first}) and {other} ({second}). Name one "
+            "kind with a pattern such as *.jsonl, or make two sources."
+        )
+    (suffix,) = kinds
+    if suffix not in files.BUILDERS:
+        raise errors.DataError(
+            f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"
+        )
+    return suffix
+
+
+def _refuse_keys(source: recipes.Source, suffix: str) -> None:
+    if source.field is not None and suffix not in (".json", ".jsonl"):
+        raise errors.DataError(f"{source.path}: field is for JSON, not for {suffix}. Delete it.")
+    if source.sample_by is not None and suffix != ".txt":
+        raise errors.DataError(f"{source.path}: sample_by is for .txt, not {suffix}. Delete it.")
+
+
+def _built(source: recipes.Source, builder: str, split: str, options: dict[str, Any]) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(builder, split=split, **options)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
+        cause = error.__cause__ or error
+        raise errors.DataError(
+            f"{source.path}: cannot be read as {builder}: {one_line(cause)} "
+            "Check the file and data.*.split."
+        ) from error
+
+
+# --- the hub ------------------------------------------------------------------------------
+
+
+def _hub(source: recipes.Source, split: str) -> Rows:
+    import datasets
+
+    options: dict[str, Any] = {"streaming": True} if source.streaming else {}
+    try:
+        rows = datasets.load_dataset(
+            source.path,
+            source.name,
+            data_files=source.data_files,
+            revision=source.revision,
+            split=split,
+            **options,
+        )
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise errors.DataError(
+            f"{source.path}: neither a file or folder here ({Path.cwd()}) nor a data set that the "
+            "hub shows you. Check the name; for a gated one, set HF_TOKEN."
+        ) from error
+    except (ConnectionError, TimeoutError) as error:
+        raise errors.EnvironmentRefusal(
+            f"{source.path}: no such file here and the hub cannot be reached ({one_line(error)}). "
+            "Name a local file with --set data.train.path=FILE, or go online."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        text = one_line(error)
+        if "script" in text.lower():
+            text += " Scripts are not run: ask for a version of it in Parquet."
+        raise errors.DataError(f"{source.path}: {text}") from error
+    commit = _commit(rows, source)
+    asked = [source.path, source.name, source.model_dump(mode="json")["data_files"], split]
+    identity = ["hub", *asked, commit or rows._fingerprint, source.streaming]
+    return Rows(source, rows, identity, commit)
+
+
+def _commit(rows: Any, source: recipes.Source) -> str | None:
+    """The commit that the rows are of: `datasets` keeps them in a folder named by it."""
+    if not source.streaming:
+        for file in rows.cache_files:
+            if found := COMMIT.findall(file["filename"]):
+                return str(found[-1])
+        return None
+    import huggingface_hub
+
+    return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision).sha
+
+
+# --- columns and limits -------------------------------------------------------------------
+
+
+def _shaped(rows: Rows) -> Rows:
+    source, data = rows.source, rows.data
+    columns = rows.columns
+    missing = sorted(set(source.rename) - set(columns))
+    if missing:
+        raise errors.DataError(
+            f"{source.path}: rename: no column {missing[0]!r}.{errors.nearest(missing[0], columns)}"
+        )
+    taken = sorted(set(source.rename.values()) & (set(columns) - set(source.rename)))
+    if taken:
+        raise errors.DataError(
+            f"{source.path}: rename: there is a column {taken[0]!r} already. Rename that one too."
+        )
+    if source.rename:
+        data = data.rename_columns(dict(source.rename))
+    if source.streaming:
+        data = data if source.limit is None else data.take(source.limit)
+        if not columns:
+            raise errors.DataError(f"{source.path}: 0 rows in split {source.split!r}.")
+    else:
+        if source.limit is not None:
+            data = data.select(range(min(source.limit, len(data))))
+        if not len(data):
+            raise errors.DataError(f"{source.path}: 0 rows in split {source.split!r}.")
+    identity = [rows.identity, sorted(source.rename.items()), source.limit]
+    return Rows(source, data, identity, rows.commit, rows.notes, rows.lines)

@@ -1,0 +1,477 @@
+"""Rows from every kind of source, what their columns are taken for, and the cache of tokens."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pytest
+
+from itune import cache, cases, data, encoding, errors, formats, launching, preparing, recipes
+from itune import sources as sources_
+
+ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(6)]
+
+
+def written(path: str, rows: list[dict[str, Any]] = ROWS) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def source(path: str, **keys: Any) -> recipes.Source:
+    return recipes.Source(path=path, **keys)
+
+
+def rows_of(path: str, **keys: Any) -> list[dict[str, Any]]:
+    return list(sources_.read(source(path, **keys)).data)
+
+
+def training(**keys: Any) -> recipes.Training:
+    return recipes.Training(**{"max_length": 64, **keys})
+
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> encoding.Encoder:
+    from conftest import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    return encoding.Encoder(tokenizer)
+
+
+# --- kinds of files -----------------------------------------------------------------------
+
+
+def made(kind: str) -> str:
+    """A file or folder of ROWS."""
+    table = datasets.Dataset.from_list(ROWS)
+    if kind == "json":
+        Path("rows.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    elif kind in ("csv", "tsv"):
+        table.to_csv(f"rows.{kind}", sep="\t" if kind == "tsv" else ",")
+    elif kind == "parquet":
+        table.to_parquet("rows.parquet")
+    elif kind == "arrow":
+        table.save_to_disk("kept")
+        next(Path("kept").glob("*.arrow")).rename("rows.arrow")
+    elif kind == "zip":
+        with zipfile.ZipFile("rows.jsonl.zip", "w") as file:
+            file.write(written("rows.jsonl"), "inner.jsonl")
+    elif kind != "jsonl":
+        content = Path(written("rows.jsonl")).read_bytes()
+        packers: dict[str, Callable[[bytes], Any]] = {
+            "gz": gzip.compress,
+            "bz2": bz2.compress,
+            "xz": lzma.compress,
+            "zst": lambda b: pyarrow.compress(b, "zstd", asbytes=True),
+        }
+        Path(f"rows.jsonl.{kind}").write_bytes(packers[kind](content))
+        Path("rows.jsonl").unlink()
+        return f"rows.jsonl.{kind}"
+    else:
+        written("rows.jsonl")
+    return f"rows.jsonl.{kind}" if kind == "zip" else f"rows.{kind}"
+
+
+KINDS = ["jsonl", "json", "csv", "tsv", "parquet", "arrow", "gz", "bz2", "xz", "zst", "zip"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_file_gives_the_same_rows(kind: str) -> None:
+    path = made(kind)
+    assert rows_of(path) == ROWS
+    assert rows_of(path, split="test[2:4]", limit=1) == ROWS[2:3]
+
+
+def test_text_is_rows_by_line_paragraph_or_document() -> None:
+    Path("a.txt").write_text("one\ntwo\n\nthree\n", encoding="utf-8")
+    assert [row["text"] for row in rows_of("a.txt")] == ["one", "two", "", "three"]
+    assert len(rows_of("a.txt", sample_by="paragraph")) == 2
+    assert len(rows_of("a.txt", sample_by="document")) == 1
+    with pytest.raises(errors.DataError, match=r"sample_by is for \.txt, not \.jsonl"):
+        rows_of(written("a.jsonl"), sample_by="line")
+
+
+def test_a_field_of_a_json_file_holds_the_rows() -> None:
+    Path("a.json").write_text(json.dumps({"version": 1, "data": ROWS}), encoding="utf-8")
+    assert rows_of("a.json", field="data") == ROWS
+
+
+def test_a_list_in_a_file_of_lines_is_read_and_told() -> None:
+    Path("a.jsonl").write_text(json.dumps(ROWS, indent=1), encoding="utf-8")
+    rows = sources_.read(source("a.jsonl"))
+    assert list(rows.data) == ROWS
+    assert rows.notes == ("a.jsonl: a JSON list, read as one although its name says lines",)
+
+
+def test_patterns_and_folders_give_their_files_in_order() -> None:
+    written("in/b.jsonl", ROWS[3:])
+    written("in/deep/a.jsonl", ROWS[:3])
+    assert rows_of("in") == ROWS[3:] + ROWS[:3]
+    assert rows_of("in/**/*.jsonl") == ROWS[3:] + ROWS[:3]
+    assert rows_of("in", data_files="deep/*.jsonl") == ROWS[:3]
+    assert rows_of("in", data_files={"test": ["b.jsonl"]}, split="test[:1]") == ROWS[3:4]
+
+
+def test_a_folder_whose_names_tell_splits_apart_gives_the_split() -> None:
+    written("in/train-0.jsonl", ROWS[:4])
+    written("in/test.jsonl", ROWS[4:])
+    assert rows_of("in") == ROWS[:4]
+    assert rows_of("in", split="test") == ROWS[4:]
+
+
+def test_what_was_saved_to_disk_is_read_with_slices_of_its_splits() -> None:
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk("one")
+    assert rows_of("one", split="train[50%:]") == ROWS[3:]
+    both = datasets.DatasetDict({"train": table, "test": table.select([5])})
+    both.save_to_disk("both")
+    assert rows_of("both", split="test") == ROWS[5:]
+    assert rows_of("both", split="train[:1]+test") == [ROWS[0], ROWS[5]]
+    with pytest.raises(errors.DataError, match=r"both: no split 'tset'\. Did you mean 'test'"):
+        rows_of("both", split="tset")
+
+
+def test_columns_are_renamed_but_never_over_another() -> None:
+    path = written("a.jsonl")
+    assert rows_of(path, rename={"prompt": "q"})[0] == {"q": "say 0", "completion": "it is 0"}
+    with pytest.raises(errors.DataError, match="there is a column 'completion' already"):
+        rows_of(path, rename={"prompt": "completion"})
+
+
+def test_a_file_that_changes_is_read_anew_although_its_time_says_nothing() -> None:
+    path = written("a.jsonl")
+    state = Path(path).stat()
+    assert rows_of(path) == ROWS
+    changed = [{**row, "prompt": row["prompt"].upper()} for row in ROWS]
+    written(path, changed)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert Path(path).stat().st_size == state.st_size
+    assert rows_of(path) == changed
+
+
+# --- formats ------------------------------------------------------------------------------
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": TURNS}, "conversations (column messages)"),
+        ({"messages": TURNS, "text": "a b"}, "conversations (column messages)"),
+        ({"conversations": SHAREGPT}, "conversations (column conversations)"),
+        ({"instruction": "a", "output": "b"}, "instructions"),
+        ({"instruction": "a", "input": "", "output": "b"}, "instructions"),
+        ({"prompt": "a", "completion": "b"}, "prompts and completions"),
+        ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompts and completions"),
+    ],
+)
+def test_a_format_is_found_from_the_columns(row: dict[str, Any], told: str) -> None:
+    how = formats.reading(None, None, list(row), "x.jsonl", "tune")
+    assert str(how.told).startswith(told)
+    example = how.example(row)
+    assert [(each.role, each.content) for each in example.messages] == [
+        ("user", "a"),
+        ("assistant", "b"),
+    ]
+    assert example.references == ("b",)
+
+
+def test_an_input_stands_below_the_instruction() -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert formats.alpaca(row).messages[0].content == "Add.\n\n1 2"
+
+
+def test_text_beside_messages_is_for_pretraining_to_choose() -> None:
+    with pytest.raises(errors.DataError, match=r"format: messages or format: text"):
+        formats.reading(None, None, ["messages", "text"], "x", "pretrain")
+    assert formats.reading(None, "text", ["messages", "text"], "x", "pretrain").is_text
+
+
+def test_of_a_prompt_and_completion_the_completion_alone_is_learnt(
+    encoder: encoding.Encoder,
+) -> None:
+    rows = [{"prompt": [*TURNS, TURNS[0]], "completion": [TURNS[1]]}]
+    found = data.corpus([source(written("a.jsonl", rows))], encoder, training())
+    ids, learnt = found.example(0)
+    assert encoder.tokenizer.decode(ids[learnt]) == "b</s>"
+
+
+def test_rows_without_a_template_are_scored_as_conversations(encoder: encoding.Encoder) -> None:
+    (task,) = data.tasks([source(written("a.jsonl"))], encoder, max_prompt=64)
+    assert (task.name, task.template.task, task.rows) == ("a", "chat", 6)
+    assert task.cases[2].references == ("it is 2",)
+    Path("b.txt").write_text("one\n", encoding="utf-8")
+    assert data.tasks([source("b.txt")], encoder, max_prompt=64) == []
+
+
+# --- what becomes of rows -----------------------------------------------------------------
+
+
+def test_rows_are_counted_by_what_becomes_of_them(encoder: encoding.Encoder) -> None:
+    long = {"prompt": "a", "completion": "the cat sees " * 40}
+    cut = {"prompt": "the cat sees " * 40, "completion": "b"}
+    path = written("a.jsonl", [*ROWS, ROWS[0], long, cut])
+    found = data.corpus([source(path)], encoder, training())
+    counts = found.counts
+    assert (counts.read, counts.rows, counts.dropped, counts.too_long) == (9, 8, 1, 1)
+    assert (counts.truncated, counts.duplicated, counts.empty) == (1, 1, 0)
+    assert found.lengths.max() <= 64
+    assert counts.supervised == int(np.asarray(found.supervised).sum())
+    twice = data.corpus([source(path), source(path)], encoder, training())
+    assert twice.counts.duplicated == 1 + 9
+    with pytest.raises(errors.DataError, match=r"1 of 9 rows would be left out"):
+        data.corpus([source(path)], encoder, training(), max_dropped=0.1)
+    data.corpus([source(path)], encoder, training(), max_dropped=0.12)
+
+
+def test_empty_lines_of_text_are_counted_and_left_out(encoder: encoding.Encoder) -> None:
+    Path("a.txt").write_text("one\n\n\ntwo\n", encoding="utf-8")
+    counts = data.corpus([source("a.txt")], encoder, training(), max_dropped=0).counts
+    assert (counts.read, counts.rows, counts.empty, counts.duplicated) == (4, 2, 2, 0)
+
+
+def test_a_mixture_is_seen_by_its_weights_and_gives_each_example_whole(
+    encoder: encoding.Encoder,
+) -> None:
+    one, other = written("a.jsonl", ROWS[:4]), written("b.jsonl", ROWS[4:])
+    both = data.corpus([source(one), source(other, weight=4)], encoder, training())
+    assert isinstance(both.ids, data.Joined)
+    for part, first in ((one, 0), (other, 4)):
+        alone = data.corpus([source(part)], encoder, training())
+        for k in range(len(alone)):
+            for mixed, single in zip(both.example(first + k), alone.example(k), strict=True):
+                assert mixed.tolist() == single.tolist()
+    shares = both.shares(seed=1)
+    assert [share["rows"] for share in shares] == [4, 8]
+    assert sum(share["tokens_share"] for share in shares) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [-1, 3])
+def test_a_stream_is_read_as_far_as_the_run_needs(steps: int, encoder: encoding.Encoder) -> None:
+    rows = [{"text": f"the cat sees {i}"} for i in range(2000)]
+    streamed = source(written("a.jsonl", rows), streaming=True)
+    asked = training(max_steps=steps, tokens_per_step=100)
+    found = data.corpus([streamed], encoder, asked, command="pretrain")
+    whole = data.corpus([source("a.jsonl")], encoder, asked, command="pretrain")
+    assert len(found) == (2000 if steps < 0 else preparing.BATCH)
+    assert found.example(7)[0].tolist() == whole.example(7)[0].tolist()
+    limited = source("a.jsonl", streaming=True, limit=10)
+    assert len(data.corpus([limited], encoder, asked, command="pretrain")) == 10
+
+
+def test_tokens_are_mapped_and_not_read(encoder: encoding.Encoder) -> None:
+    found = data.corpus([source(written("a.jsonl"))], encoder, training())
+    ids, learnt = found.example(1)
+    for view, whole in ((ids, found.ids), (learnt, found.supervised)):
+        assert isinstance(whole, np.memmap)
+        assert np.shares_memory(view, whole)
+    assert found.highest == int(np.asarray(found.ids).max())
+
+
+# --- the cache ----------------------------------------------------------------------------
+
+SAY = "task: generation\nprompts: ['{{ prompt }}', 'Q: {{ prompt }}']\nresponse: '{{ completion }}'"
+
+
+def name_of(
+    encoder: encoding.Encoder, given: recipes.Source, visits: int | None = 1, **keys: Any
+) -> str:
+    rows = sources_.read(given)
+    how = cases.reading(rows)
+    wanted = visits if how.wordings > 1 else None
+    return preparing.Job(rows, how, encoder, training(**keys), wanted).fingerprint()
+
+
+def changed_tokenizer(**keys: Any) -> encoding.Encoder:
+    from conftest import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = keys.get("chat_template", CHAT)
+    if "token" in keys:
+        tokenizer.add_tokens([keys["token"]])
+    return encoding.Encoder(tokenizer)
+
+
+CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
+    "max_length": lambda: {"max_length": 63},
+    "train_on": lambda: {"train_on": "last"},
+    "seed": lambda: {"seed": 18},
+    "rename": lambda: {"rename": {"completion": "answer"}},
+    "limit": lambda: {"limit": 5},
+    "split": lambda: {"split": "train[:5]"},
+    "template": lambda: {"template": Path("say.yaml").write_text(SAY.replace("Q:", "Ask:"))},
+    "data": lambda: {"data": written("a.jsonl", [*ROWS[:5], ROWS[0]])},
+    "tokenizer": lambda: {"encoder": {"token": "zebra"}},
+    "chat template": lambda: {"encoder": {"chat_template": CHAT.replace(": ", ":")}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_misses_the_cache(change: str) -> None:
+    Path("say.yaml").write_text(SAY)
+    written("a.jsonl")
+    given = source("a.jsonl", template="./say.yaml")
+    before = name_of(changed_tokenizer(), given)
+    assert name_of(changed_tokenizer(), given) == before
+    keys = CHANGES[change]()
+    encoder = changed_tokenizer(**keys.pop("encoder", {}))
+    own = {key: keys.pop(key) for key in ("rename", "limit", "split") if key in keys}
+    keys = {key: keys[key] for key in keys if key not in ("template", "data")}
+    assert name_of(encoder, given.model_copy(update=own), **keys) != before
+
+
+def test_what_decides_nothing_misses_nothing(encoder: encoding.Encoder) -> None:
+    path = written("a.jsonl")
+    before = name_of(encoder, source(path))
+    assert name_of(encoder, source(path, weight=3), seed=5, learning_rate=0.1) == before
+    assert name_of(encoder, source(written("b.jsonl"))) == before
+    Path("c.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    text = source("c.txt")
+    other = source("c.txt", sample_by="paragraph")
+    assert name_of(encoder, text) != name_of(encoder, other)
+
+
+def test_the_version_is_part_of_the_name(
+    encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = source(written("a.jsonl"))
+    before = name_of(encoder, given)
+    preparing._code.cache_clear()
+    monkeypatch.setattr("itune.__version__", "99")
+    assert name_of(encoder, given) != before
+    preparing._code.cache_clear()
+
+
+def test_a_second_time_renders_nothing(
+    encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = source(written("a.jsonl"))
+    first = data.corpus([given], encoder, training(max_length=61))
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("rendered again")
+
+    monkeypatch.setattr(encoding.Encoder, "conversations", refuse)
+    monkeypatch.setattr(formats.Reading, "example", refuse)
+    again = data.corpus([given], encoder, training(max_length=61))
+    assert np.asarray(again.ids).tolist() == np.asarray(first.ids).tolist()
+    with pytest.raises(AssertionError, match="rendered again"):
+        data.corpus([given], encoder, training(max_length=60))
+
+
+def test_what_was_half_written_is_made_anew() -> None:
+    def torn(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.entry("test", "torn", torn)
+    left = cache.root() / "test" / "torn"  # as a kill in an older version might leave it
+    left.mkdir(parents=True)
+    (left / "a").write_text("half")
+
+    def whole(folder: Path) -> int:
+        assert not list(folder.iterdir())
+        return 7
+
+    folder, said = cache.entry("test", "torn", whole)
+    assert (folder, said) == (left, 7)
+    assert [path.name for path in folder.iterdir()] == [cache.DONE]
+
+
+TWO = """
+import os, sys, time
+from pathlib import Path
+from itune import cache
+
+def make(folder):
+    with Path("made").open("a") as file:
+        file.write("x")
+    (folder / "a").write_text(str(os.getpid()))
+    Path(f"began-{sys.argv[1]}").touch()
+    while not all(Path(f"here-{k}").exists() for k in "01"):
+        time.sleep(0.01)
+    return os.getpid()
+
+Path(f"here-{sys.argv[1]}").touch()
+folder, said = cache.entry("test", "two", make)
+assert (folder / "a").read_text() == str(said)
+"""
+
+
+def test_two_processes_do_the_work_once() -> None:
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(k)]) for k in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert Path("made").read_text() == "x"
+
+
+# --- several processes --------------------------------------------------------------------
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from itune import errors, launching
+wanted = sys.argv[1]
+try:
+    with launching.first_prepares(Path()):
+        if os.environ["LOCAL_RANK"] == "0":
+            time.sleep(0.3)
+            if wanted == "fail":
+                raise errors.DataError("broken")
+            if wanted == "die":
+                os._exit(9)
+            Path("prepared").touch()
+        else:
+            assert Path("prepared").exists()
+except errors.ItuneError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code", "says"),
+    [("work", 0, ""), ("fail", 3, "the first process failed"), ("die", 3, "process died")],
+)
+def test_the_others_wait_for_the_first_and_notice_its_end(
+    wanted: str, code: int, says: str
+) -> None:
+    def start(rank: int) -> subprocess.Popen[str]:
+        env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "RANK": str(rank)}
+        line = [sys.executable, "-c", RANK, wanted]
+        return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, text=True)
+
+    second, first = start(1), start(0)
+    said, _ = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert second.returncode == code
+    assert says in said
+
+
+def test_an_earlier_start_is_not_taken_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = Path("mark")
+    launching._write(mark, "another", "done")
+    with pytest.raises(errors.EnvironmentRefusal, match="never began"):
+        launching._wait(mark, "this", seconds=0)

@@ -290,6 +290,24 @@ def test_tokens_are_mapped_and_not_read(encoder: encoding.Encoder) -> None:
     assert found.highest == int(np.asarray(found.ids).max())
 
 
+def mapped() -> int:
+    """Bytes of files that are mapped and in memory, as Linux counts them; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
+
+
+def test_rows_that_were_read_do_not_stay_in_memory() -> None:
+    rows = [{"prompt": "a" * 1_000_000, "completion": str(i)} for i in range(30)]
+    found = sources_.read(source(written("a.jsonl", rows)))
+    assert list(found.data) == rows
+    held = mapped()
+    preparing.release(found.data)
+    if sys.platform.startswith("linux"):
+        assert mapped() < held - 15_000_000
+    assert list(found.data) == rows
+
+
 # --- the cache ----------------------------------------------------------------------------
 
 SAY = "task: generation\nprompts: ['{{ prompt }}', 'Q: {{ prompt }}']\nresponse: '{{ completion }}'"

@@ -297,7 +297,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 # --- filters that are as the library's, and bounded -----------------------------------------------
 
 
-def metered(function: Callable[..., Any]) -> Callable[..., Any]:
+def metered(function: Any) -> Callable[..., Any]:
     """A filter or test whose cost is counted."""
 
     @functools.wraps(function)

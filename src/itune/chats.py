@@ -79,10 +79,13 @@ def _tojson(
     separators: Any = None,
     sort_keys: bool = False,
 ) -> str:
-    if isinstance(indent, int) and indent > 16:
-        raise sandbox.Exhausted("it indents JSON by more than 16")
+    """The filter of transformers, which escapes nothing for HTML."""
     return json.dumps(
-        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        x,
+        ensure_ascii=ensure_ascii,
+        indent=sandbox.small_indent(indent),
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 
@@ -128,6 +131,13 @@ def _compiled(source: str) -> jinja2.Template:
         ) from error
 
 
+def _broken(error: Exception) -> errors.TemplateError:
+    said = errors.inert(str(error)).rstrip(".")
+    return errors.TemplateError(
+        f"the model's chat template: {said}. Mend chat_template in its tokenizer."
+    )
+
+
 class Chat:
     """The chat template of a tokenizer."""
 
@@ -149,6 +159,8 @@ class Chat:
             try:
                 if "\ue000" in self._rendered(probe, prompt=True, parts=parts):
                     return parts
+            except sandbox.Exhausted as error:
+                raise _broken(error) from error
             except (jinja2.TemplateError, sandbox.Refused, *sandbox.PYTHON_FAULTS):
                 continue
         return False
@@ -178,10 +190,7 @@ class Chat:
         except _Refusal as error:
             self._refuse(messages, error)
         except (jinja2.TemplateError, sandbox.Refused, *sandbox.PYTHON_FAULTS) as error:
-            raise errors.TemplateError(
-                f"the model's chat template: {errors.inert(str(error)).rstrip('.')}. "
-                "Mend chat_template in its tokenizer."
-            ) from error
+            raise _broken(error) from error
 
     def _refuse(self, messages: Messages, error: Exception) -> NoReturn:
         roles = [message.role for message in messages]

@@ -219,7 +219,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for name in NO_FILTERS:
             del self.filters[name]
         self.filters |= {"join": _join, "replace": _replace, "round": _round, "indent": _indent}
-        self.filters |= {"sum": _sum}
+        self.filters |= {"sum": _sum, "tojson": _tojson}
         known: dict[str, Any]
         for known in (self.filters, self.tests):
             known |= {name: metered(each) for name, each in known.items() if name not in QUICK}
@@ -352,6 +352,18 @@ def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = Fal
     one = width if isinstance(width, int) else len(width)
     BUDGET.spend(1, len(str(s)) + one * (1 + str(s).count("\n")))
     return jinja2.filters.do_indent(s, width, first, blank)
+
+
+@jinja2.pass_eval_context
+def _tojson(context: Any, value: Any, indent: int | None = None) -> str:
+    return jinja2.filters.do_tojson(context, value, small_indent(indent))
+
+
+def small_indent(indent: Any) -> Any:
+    """An indent for JSON, where it is a small number or nothing."""
+    if indent is not None and not (isinstance(indent, int) and indent <= 16):
+        raise Exhausted("it indents JSON by more than 16")
+    return indent
 
 
 @jinja2.pass_environment

@@ -109,6 +109,8 @@ class Template(records.Record):
     """What is asked of the model; decides how answers are found and measured."""
     choices: tuple[Text, ...] = ()
     """What may be answered, in the order of the labels; for classification."""
+    values: dict[str, Text] = pydantic.Field(default_factory=dict)
+    """Texts for the prompts, the same for all rows, by name; a column of that name is not read."""
     system: Text | None = None
     """A message before every prompt, the same for all rows."""
     prompts: tuple[Text, ...] = ()
@@ -167,10 +169,11 @@ class Template(records.Record):
         return {name for source in sources for name in _names(source)} - self._own()
 
     def _own(self) -> set[str]:
-        return {"choices"} if self.choices else set()
+        return {*self.values, *(("choices",) if self.choices else ())}
 
     def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, **({"choices": _Choices(self.choices)} if self.choices else {})}
+        given = {**row, **self.values}
+        return {**given, "choices": _Choices(self.choices)} if self.choices else given
 
     def _render(self, source: str, key: str, row: Mapping[str, Any]) -> str:
         parts: list[str] = []
@@ -268,7 +271,7 @@ def _check_task(document: yamls.Document) -> None:
     """Which keys a task needs and which have no meaning for it."""
     task = document.data.get("task")
     if task == "chat":
-        for key in ("prompts", "response", "references", "choices"):
+        for key in ("prompts", "response", "references", "choices", "values"):
             if document.data.get(key):
                 document.fault((key,), "a chat passes its messages on as they are. Delete it.")
     elif isinstance(task, str):

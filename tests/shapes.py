@@ -257,9 +257,12 @@ def _sentencepiece(prepend: str) -> Any:
     return Tokenizer.from_str(json.dumps(spec))
 
 
-def _unigram() -> Any:
+def _unigram(*, words: bool = False) -> Any:
+    """Unigram over ▁; `words`: cut at spaces first, each of which is then lost."""
     tokenizer = Tokenizer(kinds.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    space = pre_tokenizers.Metaspace(prepend_scheme="always")
+    cut = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
+    tokenizer.pre_tokenizer = cut if words else space
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
         vocab_size=300,
@@ -299,11 +302,12 @@ KINDS = {
     "sp-first": functools.partial(_sentencepiece, "first"),
     "sp-normalizer": functools.partial(_sentencepiece, "normalizer"),
     "unigram": _unigram,
+    "unigram-words": functools.partial(_unigram, words=True),
     "wordpiece": _wordpiece,
     "characters": _characters,
 }
 UNKNOWN = {"wordpiece": "[UNK]", "sp-first": "<unk>", "sp-normalizer": "<unk>"}
-UNKNOWN |= {"unigram": "<unk>", "characters": "<unk>"}
+UNKNOWN |= {"unigram": "<unk>", "unigram-words": "<unk>", "characters": "<unk>"}
 
 
 @functools.lru_cache

@@ -98,14 +98,19 @@ class Tokenizing:
 # --- tokenizers that set a space before a text --------------------------------------------------
 
 
+# Where words are cut at spaces first, each word has its own space, wherever a text begins.
+_CUTTERS = frozenset({"WhitespaceSplit", "Whitespace"})
+
+
 def _prefix_of(backend: Tokenizer) -> str:
     """When the tokenizer sets a space of its own before a text: never, first (of a whole text)
     or always (after a control token too)."""
     schemes = ["never"]
     for part in (backend.normalizer, backend.pre_tokenizer):
-        if part is not None:
-            state = part.__getstate__()
-            schemes += [_scheme(each) for each in _steps(json.loads(state))]
+        for step in _steps(json.loads(part.__getstate__())) if part is not None else ():
+            if step.get("type") in _CUTTERS:
+                break
+            schemes.append(_scheme(step))
     return max(schemes, key=("never", "first", "always").index)
 
 

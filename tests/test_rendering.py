@@ -360,6 +360,12 @@ def test_a_vocabulary_s_own_entry_for_a_control_string_is_not_used() -> None:
     assert tokens.guarded
 
 
+def test_a_long_text_is_not_the_template_s_fault() -> None:
+    one = encoder("characters", "llama3")
+    text = "word " * 2_000_000
+    assert len(one.chat.render(talk(text), prompt=True)) > 9_000_000
+
+
 def test_parts_are_found_by_what_the_template_reads() -> None:
     assert encoder("byte-bpe", "parts").chat.parts
     assert not encoder("byte-bpe", "chatml").chat.parts

@@ -143,11 +143,7 @@ class Chat:
 
     def __init__(self, tokenizer: Any) -> None:
         self.source: str = tokenizer.get_chat_template()
-        self.tokens: dict[str, Any] = {
-            name: str(token)
-            for name, token in tokenizer.special_tokens_map.items()
-            if isinstance(token, str)
-        }
+        self.tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
         _compiled(self.source)
         self.parts = self._wants_parts()
 
@@ -170,7 +166,9 @@ class Chat:
         return _turns(messages, self.parts)
 
     def _rendered(self, messages: Messages, *, prompt: bool, parts: bool) -> str:
-        with sandbox.BUDGET:
+        with sandbox.BUDGET as budget:
+            # Long texts are not the template's fault: it may write each a few times over.
+            budget.most += 20 * sum(len(message.content) for message in messages)
             return _compiled(self.source).render(
                 messages=_turns(messages, parts),
                 tools=None,

@@ -91,8 +91,10 @@ class Budget(threading.local):
         self.active = False
         self.steps = self.characters = self.look = 0
         self.until = 0.0
+        self.most = CHARACTERS
 
     def __enter__(self) -> Budget:
+        self.most = CHARACTERS
         self.active, self.steps, self.characters, self.look, self.until = True, 0, 0, 64, 0.0
         return self
 
@@ -105,8 +107,8 @@ class Budget(threading.local):
             raise Exhausted("it is not being rendered")
         self.steps += steps
         self.characters += characters
-        if self.characters > CHARACTERS:
-            raise Exhausted(f"it makes more than {CHARACTERS} characters of text")
+        if self.characters > self.most:
+            raise Exhausted(f"it makes more than {self.most} characters of text")
         if self.steps >= self.look:
             self._look()
 
@@ -146,8 +148,8 @@ class Budget(threading.local):
                 waiting += each
                 if isinstance(each, dict):
                     waiting += each.values()
-        if characters > CHARACTERS:
-            raise Exhausted(f"it makes more than {CHARACTERS} characters of text")
+        if characters > self.most:
+            raise Exhausted(f"it makes more than {self.most} characters of text")
         self.spend(nodes)
         return characters
 

@@ -90,8 +90,8 @@ TEMPLATE = """\
 
 `prompts/NAME.yaml` says what a row becomes. Templates are found as recipes are, in `./prompts`.
 The texts are Jinja over the row's columns: a column that is missing or null is an error and never
-an empty text; no other file can be read; one text has at most a million characters. A `|` block of
-YAML ends with a line break, and so does its text; `|-` has none.
+an empty text; no other file can be read; one text has at most a million characters and two seconds
+to be made in. A `|` block of YAML ends with a line break, and so does its text; `|-` has none.
 """
 
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true, false", Path: "path"}

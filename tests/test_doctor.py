@@ -56,7 +56,7 @@ def talk(*contents: str) -> dict[str, Any]:
 
 WRONG = {
     "two beginning-of-sequence tokens": (
-        GOOD.replace("{{ bos_token }}", "{{ bos_token * 2 }}"),
+        GOOD.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"),
         {},
     ),
     "a role's header within the loss": (
@@ -75,10 +75,6 @@ WRONG = {
             "{{ m.role }}: {{ m.content }}{{ ' to ' + messages[loop.index0 - 1].content "
             "if m.role == 'assistant' }}",
         ),
-        {},
-    ),
-    "are trained to write the pad token within an answer": (
-        GOOD.replace("eos_token if", "pad_token + eos_token if"),
         {},
     ),
 }

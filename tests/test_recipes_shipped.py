@@ -39,6 +39,56 @@ ROWS: dict[str, tuple[Row, str, list[str]]] = {
         "5",
         ["5"],
     ),
+    "topic": (
+        {"text": "The bank lowered its rates on Monday.", "label": 2},
+        "business",
+        ["business"],
+    ),
+    "entailment": (
+        {"premise": "A boy kicks a ball.", "hypothesis": "Nobody is moving.", "label": 2},
+        "no",
+        ["no"],
+    ),
+    "open-qa": (
+        {"question": "Which river flows through Vienna?", "answer": ["Danube", "the Danube"]},
+        "Danube",
+        ["Danube", "the Danube"],
+    ),
+    "translate": (
+        {
+            "source": "A dog.",
+            "target": "Ein Hund.",
+            "source_language": "English",
+            "target_language": "German",
+        },
+        "Ein Hund.",
+        ["Ein Hund."],
+    ),
+    "headline": (
+        {"text": "It rained in the valley on Sunday.", "headline": "Rain at last"},
+        "Rain at last",
+        ["Rain at last"],
+    ),
+    "dialogue": (
+        {"history": ["Is the shop open?", "Until six."], "reply": "Then I must hurry."},
+        "Then I must hurry.",
+        ["Then I must hurry."],
+    ),
+    "story": (
+        {"beginning": "The lamp went out.", "continuation": "Mara lit it again."},
+        "Mara lit it again.",
+        ["Mara lit it again."],
+    ),
+    "poem": (
+        {"topic": "snow", "poem": "White on the sill,\nwhite on the hill.", "form": "couplet"},
+        "White on the sill,\nwhite on the hill.",
+        ["White on the sill,\nwhite on the hill."],
+    ),
+    "maths": (
+        {"question": "A pen costs 3. What do two cost?", "answer": "2 * 3 = 6\n#### 6"},
+        "2 * 3 = 6\n#### 6",
+        ["2 * 3 = 6\n#### 6"],
+    ),
     "quickstart-couplet": (
         {"topic": "rain", "couplet": "Rain,\nhail.", "fitting": ["Rain,\nhail.", "Rain,\npain."]},
         "Rain,\nhail.",

@@ -1,8 +1,8 @@
 """The prompt template: what a row becomes; its wordings, choices, sandbox and limits.
 
 Jinja is the only code that a user's file may hold, so it runs strict (a missing column is an
-error, never an empty text), sandboxed, without loading other files, and may not write more than
-1 MB a row. It has no limit of time.
+error, never an empty text), in the sandbox of `sandbox.py`, without loading other files, and may
+not write more than 1 MB a row.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Annotated, Any, Literal, NoReturn
 import jinja2
 import jinja2.meta
 import jinja2.nodes
-import jinja2.sandbox
 import pydantic
 
-from itune import errors, records, yamls
+from itune import errors, records, sandbox, yamls
 from itune.records import Text
 
 Task = Literal["classification", "qa", "translation", "summarization", "generation", "chat"]
@@ -31,24 +30,6 @@ LOADERS = {
     jinja2.nodes.Import: "import",
     jinja2.nodes.FromImport: "import",
 }
-# Random, or able to make a text of any length out of a few characters.
-NO_FILTERS = (
-    "random",
-    "batch",
-    "slice",
-    "center",
-    "format",
-    "indent",
-    "pprint",
-    "urlize",
-    "wordwrap",
-    "xmlattr",
-)
-NO_METHODS = ("center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map")
-
-
-class _Refusal(Exception):
-    """What a template asked for and does not get; its text is the middle of a message."""
 
 
 class _Choices(tuple[str, ...]):
@@ -61,39 +42,24 @@ class _Choices(tuple[str, ...]):
             index = operator.index(label)
         except TypeError:
             advice = " Write choices[label | int]" if isinstance(label, str) else ""
-            raise _Refusal(f"label {errors.shown(label)} is not a whole number.{advice}") from None
+            raise sandbox.Refused(
+                f"label {errors.shown(label)} is not a whole number.{advice}"
+            ) from None
         if not 0 <= index < len(self):
-            raise _Refusal(
+            raise sandbox.Refused(
                 f"label {index} is out of range: {len(self)} choices have the labels 0 to "
                 f"{len(self) - 1}"
             )
         return super().__getitem__(index)
 
 
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, where what is missing, empty or no text is refused."""
-
-    intercepted_binops = frozenset(["*", "**", "%"])
+class _Environment(sandbox.Environment):
+    """The sandbox, where what is missing, empty or no text is refused."""
 
     def __init__(self) -> None:
-        # Prompts are plain text for a tokenizer: escaping for HTML would change them.
         super().__init__(
-            autoescape=False,
-            undefined=jinja2.StrictUndefined,
-            keep_trailing_newline=True,
-            finalize=_printable,
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
         )
-        self.globals = {"range": self.globals["range"]}
-        for name in NO_FILTERS:
-            del self.filters[name]
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr in NO_METHODS:
-            return False
-        return super().is_safe_attribute(obj, attr, value)
-
-    def wrap_str_format(self, value: Any) -> None:
-        """No `str.format` in Jinja's safe wrapping either: it can still pad without end."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """`answers.items` is the field called items where there is one, not the dict's method."""
@@ -101,21 +67,20 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return obj[attribute]
         return super().getattr(obj, attribute)
 
-    def call_binop(self, context: Any, sign: str, left: Any, right: Any) -> Any:
-        numbers = all(isinstance(each, int | float) for each in (left, right))
-        if not numbers or sign == "**":
-            raise _Refusal(f"the operator {sign} is for numbers, and ** is not available")
-        return super().call_binop(context, sign, left, right)
-
 
 def _printable(value: Any) -> Any:
     """What `{{ }}` may print: Python's words for nothing or for a list are in no one's data."""
+    if type(value) is str:
+        sandbox.BUDGET.spend(0, len(value))
+        return value
     if value is None:
-        raise _Refusal("an expression is empty (null)")
+        raise sandbox.Refused("an expression is empty (null)")
     if callable(value) and not isinstance(value, jinja2.Undefined):
-        raise _Refusal("an expression is a function. Add its brackets")
+        raise sandbox.Refused("an expression is a function. Add its brackets")
     if isinstance(value, dict | list | tuple | set | bytes):
-        raise _Refusal(f"an expression is {errors.shown(value)}, not text. Take one, or | join")
+        raise sandbox.Refused(
+            f"an expression is {errors.shown(value)}, not text. Take one, or | join"
+        )
     return value
 
 
@@ -143,6 +108,8 @@ class Template(records.Record):
     """What is asked of the model; decides how answers are found and measured."""
     choices: tuple[Text, ...] = ()
     """What may be answered, in the order of the labels; for classification."""
+    values: dict[str, Text] = pydantic.Field(default_factory=dict)
+    """Texts for the prompts, the same for all rows, by name; a column of that name is not read."""
     system: Text | None = None
     """A message before every prompt, the same for all rows."""
     prompts: tuple[Text, ...] = ()
@@ -183,10 +150,11 @@ class Template(records.Record):
         if self.references is None:
             return [self.answer(row)]
         try:
-            found = _expression(self.references)(self._variables(row))
+            with sandbox.BUDGET:
+                found = _expression(self.references)(self._variables(row))
             if isinstance(found, jinja2.Undefined):
                 found._fail_with_undefined_error()
-        except (jinja2.TemplateError, _Refusal, *PYTHON_FAULTS) as error:
+        except (jinja2.TemplateError, sandbox.Refused, *sandbox.PYTHON_FAULTS) as error:
             self._fail("references", row, error)
         if not isinstance(found, list | tuple) or not all(isinstance(each, str) for each in found):
             self._refuse("references", f"expected a list of texts, found {errors.shown(found)}")
@@ -200,21 +168,23 @@ class Template(records.Record):
         return {name for source in sources for name in _names(source)} - self._own()
 
     def _own(self) -> set[str]:
-        return {"choices"} if self.choices else set()
+        return {*self.values, *(("choices",) if self.choices else ())}
 
     def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        return {**row, **({"choices": _Choices(self.choices)} if self.choices else {})}
+        given = {**row, **self.values}
+        return {**given, "choices": _Choices(self.choices)} if self.choices else given
 
     def _render(self, source: str, key: str, row: Mapping[str, Any]) -> str:
         parts: list[str] = []
         length = 0
         try:
-            for part in _compiled(source).generate(self._variables(row)):
-                length += len(part)
-                if length > LARGEST_TEXT:
-                    raise _Refusal(f"the text is longer than {LARGEST_TEXT} characters")
-                parts.append(part)
-        except (jinja2.TemplateError, _Refusal, *PYTHON_FAULTS) as error:
+            with sandbox.BUDGET:
+                for part in _compiled(source).generate(self._variables(row)):
+                    length += len(part)
+                    if length > LARGEST_TEXT:
+                        raise sandbox.Refused(f"the text is longer than {LARGEST_TEXT} characters")
+                    parts.append(part)
+        except (jinja2.TemplateError, sandbox.Refused, *sandbox.PYTHON_FAULTS) as error:
             self._fail(key, row, error)
         text = "".join(parts)
         if not text.strip():
@@ -222,6 +192,11 @@ class Template(records.Record):
         return text
 
     def _fail(self, key: str, row: Mapping[str, Any], error: Exception) -> NoReturn:
+        if isinstance(error, sandbox.Exhausted):
+            place = self._places.get(key, self.name)
+            raise errors.TemplateError(
+                f"{place}: {key}: {error}. Write it more simply, or prepare the rows beforehand."
+            ) from error
         wanted = _names(self._source(key)) - self._own()
         missing = sorted(wanted - set(row))
         empty = sorted(name for name in wanted if name in row and row[name] is None)
@@ -229,7 +204,7 @@ class Template(records.Record):
             hint = errors.nearest(missing[0], row)
             what = f"the row has no column {missing[0]!r}.{hint if 'Did' in hint else ''}"
             self._refuse(key, f"{what} It has {_has(row)}", error)
-        if isinstance(error, _Refusal) and empty:
+        if isinstance(error, sandbox.Refused) and empty:
             self._refuse(key, f"column {empty[0]!r} is empty (null) in this row", error)
         self._refuse(key, f"{errors.inert(str(error)).rstrip('.')}", error)
 
@@ -241,19 +216,6 @@ class Template(records.Record):
     def _refuse(self, key: str, what: str, cause: Exception | None = None) -> NoReturn:
         place = self._places.get(key, self.name)
         raise errors.DataError(errors.masked(f"{place}: {key}: {what}.")) from cause
-
-
-# What an expression over any data may raise: 'a' + 1, row.x[{}], 1 / 0, a macro that calls itself.
-PYTHON_FAULTS = (
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-)
-# What Python's compiler and Jinja's parser raise for a hundred nested brackets or loops.
-COMPILER_FAULTS = (RecursionError, SyntaxError, MemoryError, ValueError, OverflowError)
 
 
 def _has(row: Mapping[str, Any]) -> str:
@@ -308,7 +270,7 @@ def _check_task(document: yamls.Document) -> None:
     """Which keys a task needs and which have no meaning for it."""
     task = document.data.get("task")
     if task == "chat":
-        for key in ("prompts", "response", "references", "choices"):
+        for key in ("prompts", "response", "references", "choices", "values"):
             if document.data.get(key):
                 document.fault((key,), "a chat passes its messages on as they are. Delete it.")
     elif isinstance(task, str):
@@ -349,7 +311,7 @@ def _check_source(document: yamls.Document, key: yamls.Key, source: Any) -> None
     except jinja2.TemplateSyntaxError as error:
         _note(document, key, error.lineno, f"{str(error.message).rstrip('.')}. Mend the Jinja.")
         return
-    except COMPILER_FAULTS:
+    except sandbox.COMPILER_FAULTS:
         _note(document, key, 1, "nested too deeply for Jinja. Flatten it.")
         return
     for node in tree.find_all(tuple(LOADERS)):

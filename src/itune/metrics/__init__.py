@@ -17,6 +17,7 @@ METRICS = {
     "f1": "f1:F1",
     "accuracy": "accuracy:Accuracy",
     "exact_match": "exact_match:ExactMatch",
+    "final_number": "final_number:FinalNumber",
     "bleu": "bleu:Bleu",
     "chrf": "chrf:Chrf",
     "ter": "ter:Ter",

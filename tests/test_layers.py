@@ -37,6 +37,8 @@ ORDER = (
     "training",
     "decoding",
     "metrics",
+    "intervals",
+    "resampling",
     "scoring",
     "judging",
     "console",

@@ -422,6 +422,21 @@ def test_squad_counts_characters_of_chinese() -> None:
     assert squad.tokens("The U.S. GPU", apart=True) == squad.tokens("The U.S. GPU", apart=False)
 
 
+def test_perplexity_is_that_of_all_tokens_together() -> None:
+    from itune.metrics.perplexity import Perplexity
+
+    draw = np.random.default_rng(2)
+    losses, lengths = draw.gamma(3, 5, size=20), draw.integers(1, 40, size=20)
+    each = np.concatenate([np.full(n, nats / n) for nats, n in zip(losses, lengths, strict=True)])
+    found = Perplexity().compute(predictions=losses.tolist(), references=lengths.tolist())
+    assert found == {"perplexity": pytest.approx(np.exp(each.mean()), rel=1e-12)}
+    for nats, tokens in ((float("nan"), 3), (1.0, 0)):
+        with pytest.raises(errors.UserError, match="row 1 has a loss of"):
+            Perplexity().compute(predictions=[1.0, nats], references=[3, tokens])
+    with pytest.raises(errors.UserError, match="perplexity is measured on sources without"):
+        metrics.check("perplexity")
+
+
 # --- the same for all of them ---
 
 
@@ -549,7 +564,7 @@ def test_nothing_is_written_in_the_cache(tmp_path: Path) -> None:
 
 def test_names_are_all_the_classes_there_are() -> None:
     folder = Path(metrics.__file__).parent
-    own = {"__init__", "sacre", "sufficient", "tables", "user", "words"}
+    own = {"__init__", "perplexity", "sacre", "sufficient", "tables", "user", "words"}
     files = {path.stem for path in folder.glob("*.py")} - own
     assert {each.partition(":")[0] for each in metrics.METRICS.values()} == files
     assert len(metrics.names()) == 15

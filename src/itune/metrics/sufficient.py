@@ -62,7 +62,7 @@ def check_rows(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) == 0:
         raise errors.UserError("metric: there are no rows to score. Give at least one prediction.")
     for row, answers in enumerate(references):
-        if not isinstance(answers, str) and len(answers) == 0:
+        if isinstance(answers, Sequence) and not isinstance(answers, str) and not answers:
             raise errors.UserError(
                 f"metric: row {row} has no reference. Give at least one; it may be empty text."
             )

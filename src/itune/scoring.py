@@ -21,6 +21,9 @@ from itune.resampling import Score as Score
 if TYPE_CHECKING:
     from itune.metrics.tables import Table
 
+# The values of metrics that ship with itune of which the smaller is the better.
+LESS_IS_BETTER = ("ter", "perplexity")
+
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:

@@ -81,7 +81,7 @@ def _counted(against: Mapping[str, Any]) -> list[str]:
         return []
     count = changed["count"]
     return [
-        f"by {changed['metric']} {count['better']:,} answers are better, {count['worse']:,} worse, "
+        f"answers by {changed['metric']}: {count['better']:,} better, {count['worse']:,} worse, "
         f"{count['same']:,} the same"
     ]
 

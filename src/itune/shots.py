@@ -86,10 +86,9 @@ class _Pool:
     ) -> list[tuple[formats.Message, ...]]:
         """The turns of so many rows, none of which overlaps the question."""
         draw = random.Random(f"shots:{seed}:{case.row}")
-        order = draw.sample(range(self.size), min(self.size, count * TRIES))
         found: list[tuple[formats.Message, ...]] = []
         asked, grams = case.messages[-1].content, _grams(_told(self.template, question))
-        for index in order:
+        for index in _drawn_once(draw, self.size, count * TRIES):
             if len(found) == count:
                 break
             where, row = self.row(index)
@@ -109,6 +108,16 @@ class _Pool:
                 "do not overlap the question. Lower --shots, or add training rows."
             )
         return found
+
+
+def _drawn_once(draw: random.Random, size: int, most: int) -> Iterator[int]:
+    """Numbers below `size`, none twice; how many will be wanted does not change the first."""
+    seen: set[int] = set()
+    while len(seen) < min(size, most):
+        index = draw.randrange(size)
+        if index not in seen:
+            seen.add(index)
+            yield index
 
 
 def _told(template: templates.Template, row: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_commands import world, write
 
-from itune import commands, decoding, likelihoods, models
+from itune import answering, commands, decoding, likelihoods, models
 
 RECIPE = """
 model: {{name: {base}}}
@@ -173,6 +173,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     assert asked == ["load", "generate", "generate"]
     assert result(again)["tasks"] == whole["tasks"]
     assert path.read_text() == (folder / "whole/predictions.jsonl").read_text()
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "SAID_EVERY", 0.0)
+    said = cli("eval", "--run", "runs/lora", *PLACES).err
+    assert "place: 4 of 5 answers, 0 min left" in said
+    assert "5 of 5" not in said
 
 
 def test_answers_drawn_at_random_are_kept_whole_or_not_at_all(
@@ -360,16 +369,13 @@ def test_wordings_are_scored_apart_and_their_spread_is_shown(folder: Path, cli: 
 
 
 def test_what_cannot_be_scored_is_said_before_anything_is_asked(
-    folder: Path, cli: Cli, asked: list[str]
+    folder: Path, cli: Cli, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = list(read(folder / "places.jsonl"))
     for row in rows:
         row["answers"]["text"] = ["とても良い天気です"]
     write(folder / "places.jsonl", rows)
-    from sacrebleu.tokenizers import tokenizer_ja_mecab
-
-    if tokenizer_ja_mecab.MeCab is not None:
-        tokenizer_ja_mecab.MeCab = None
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_ja_mecab.MeCab", None)
     ended = cli("eval", "--run", "runs/lora", "--metric", "bleu", *PLACES)
     assert ended.code == 2
     assert "sacrebleu[ja]" in ended.err
@@ -394,3 +400,16 @@ def test_tables_fit_in_80_columns(
     assert ["metric", "difference", "95", "%", "interval", "p", "p", "(Holm)"] in heads
     for name in ("matthews_correlation", "rougeLsum", "squad_em", "perplexity"):
         assert sum(line.startswith(f"{name} ") for line in lines) >= 2
+
+
+def test_shots_have_answers_of_their_own(folder: Path, cli: Cli, asked: list[str]) -> None:
+    run = ("eval", "--run", "runs/lora", *PLACES)
+    result(cli(*run, "--json"))
+    found = result(cli(*run, "--shots", "2", "--limit", "3", "--json"))
+    assert found["tasks"]["place"]["rows"] == 3
+    lines = list(read(folder / "runs/lora/evals/first-3-shots-2/predictions.jsonl"))
+    assert len(lines) == 3
+    assert all(line["prompt"].count("Where?") == 3 for line in lines)
+    assert asked.count("generate") == 5 + 3
+    by_recipe = cli(*run, "--limit", "3", "-s", "evaluation.shots=2")
+    assert "3 of 3 answers are kept" in by_recipe.err

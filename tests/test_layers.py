@@ -44,6 +44,7 @@ ORDER = (
     "scoring",
     "predictions",
     "answering",
+    "results",
     "judging",
     "scoreboard",
     "console",

@@ -325,6 +325,25 @@ def test_systems_that_answered_something_else_are_not_compared(change, message) 
     assert scoring.compare(rows, unknown, ["accuracy"], resamples=5)["accuracy"].value == 0
 
 
+def test_texts_are_counted_once_for_all_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = sentences(9, 0.8, wordings=2), sentences(9, 0.5, seed=6, wordings=2)
+    seen = []
+    make = tables.make
+
+    def making(metric: object, *rest: object) -> object:
+        seen.append(metric)
+        return make(metric, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tables, "make", making)
+    whole = scoring.score(ours, ["rouge", "rougeL"], resamples=5)
+    assert list(whole) == ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert next(iter(scoring.score(ours, ["rougeL", "rouge"], resamples=5))) == "rougeL"
+    scoring.compare(ours, theirs, ["rouge"], resamples=5)
+    scoring.changes(ours, theirs, ["rouge"])
+    scoring.by_wording(ours, ["rouge"])
+    assert len(seen) == 3
+
+
 # --- rows that changed ---
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+SAID_EVERY = 30.0  # chosen: seconds between two lines of progress
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -196,7 +198,13 @@ class Answerer:
         from itune import decoding, likelihoods
 
         model, started = self.model, time.monotonic()
+        told = self._counting(task, len(cases))
         torch.manual_seed(self.recipe.training.seed)
+
+        def keep(place: int, answer: str) -> None:
+            kept.add(task, cases[place], answer)
+            told()
+
         if self._chosen(task):
             choices = task.template.choices
             likelihoods.choose(
@@ -205,19 +213,35 @@ class Answerer:
                 [case.messages for case in cases],
                 choices,
                 decide=self.asked.decide,
-                done=lambda place, best: kept.add(task, cases[place], choices[best]),
+                done=lambda place, best: keep(place, choices[best]),
                 say=self.say,
             )
         else:
 
             def done(place: int, completion: decoding.Completion) -> None:
                 self.tokens += completion.tokens
-                kept.add(task, cases[place], completion.text)
+                keep(place, completion.text)
 
             decoding.generate(model, self.encoder, [case.ids for case in cases], self.wanted, done)
         seconds = time.monotonic() - started
         self.seconds += seconds
         self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s")
+
+    def _counting(self, task: data.Task, total: int) -> Callable[[], None]:
+        """To be called for each answer: says now and then how many there are, and what is left."""
+        begun = said = time.monotonic()
+        count = 0
+
+        def told() -> None:
+            nonlocal count, said
+            count += 1
+            now = time.monotonic()
+            if now - said >= SAID_EVERY and count < total:
+                said = now
+                left = (now - begun) / count * (total - count)
+                self.say(f"{task.name}: {count:,} of {total:,} answers, {left / 60:.0f} min left")
+
+        return told
 
     def losses(self) -> dict[str, tuple[str, np.ndarray]]:
         """(path, [texts, 2]: summed loss in nats, tokens) of each source of plain text, by name."""

@@ -6,7 +6,9 @@ is resampled and swapped is the row with all its wordings.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -195,14 +197,26 @@ def _tables(
 
 
 def _table(ordered: Sequence[Prediction], name: str, choices: Sequence[str]) -> Table:
+    texts = tuple(each.prediction for each in ordered)
+    references = tuple(each.references for each in ordered)
+    count = _counted.__wrapped__ if name.endswith(".py") or "@" in name else _counted
+    # A copy, as its signatures are the caller's to choose from.
+    return copy.copy(count(name, tuple(choices), texts, references, tuple(_starts(ordered))))
+
+
+# An evaluation asks for the same table half a dozen times, and TER takes seconds to count.
+@functools.lru_cache(maxsize=16)
+def _counted(
+    name: str,
+    choices: tuple[str, ...],
+    texts: tuple[str, ...],
+    references: tuple[tuple[str, ...], ...],
+    starts: tuple[int, ...],
+) -> Table:
     from itune.metrics import tables
 
-    return tables.make(
-        metrics.load(name, choices=choices),
-        [each.prediction for each in ordered],
-        [each.references for each in ordered],
-        _starts(ordered),
-    )
+    metric = metrics.load(name, choices=choices)
+    return tables.make(metric, texts, references, np.array(starts))
 
 
 def _ordered(rows: Sequence[Prediction], where: str) -> list[Prediction]:

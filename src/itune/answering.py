@@ -137,7 +137,7 @@ class Answerer:
     @property
     def mark(self) -> dict[str, Any]:
         """All that decides the answers but the prompts: the same mark, the same answers."""
-        generation = self.wanted.to_dict()
+        generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
         generation.pop("transformers_version", None)
         mark = {
             "model": _identity(self.location, self.config),

@@ -164,7 +164,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
 
     with monkeypatch.context() as patched:
         patched.setattr(decoding, "generate", dying)
-        assert cli(*run).code == 130
+        stopped = cli(*run)
+    assert stopped.code == 75
+    assert "place: stopped; 3 answers are kept in runs/lora/evals/all" in stopped.err
+    assert "Run the same command again" in stopped.err
     path = folder / "runs/lora/evals/all/predictions.jsonl"
     with path.open("a") as file:
         file.write('{"task": "place", "row": 4, "predic')  # torn by the kill

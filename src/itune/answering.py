@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import predictions, recipes, scoring
+from itune import errors, predictions, recipes, scoring
 
 if TYPE_CHECKING:
     from itune import data
@@ -139,7 +139,7 @@ class Answerer:
         """All that decides the answers but the prompts: the same mark, the same answers."""
         generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
         generation.pop("transformers_version", None)
-        mark = {
+        mark: dict[str, Any] = {
             "model": _identity(self.location, self.config),
             "dtype": str(self.place.dtype).removeprefix("torch."),
             "generation": generation,
@@ -179,7 +179,15 @@ class Answerer:
                     f"are kept in {kept.path}"
                 )
             if missing:
-                self._ask(task, missing, kept)
+                try:
+                    self._ask(task, missing, kept)
+                except KeyboardInterrupt as stop:
+                    if kept.path is None:
+                        raise
+                    raise errors.Interrupted(
+                        f"{task.name}: stopped; {len(kept.answers):,} answers are kept in "
+                        f"{kept.path}. Run the same command again to go on from there."
+                    ) from stop
             out[task.name] = [
                 scoring.Prediction(
                     case.row,

@@ -1,8 +1,8 @@
 """A hub on the loopback address: repositories served from folders, with the standard library alone.
 
-Layout: ROOT/models/ORGANISATION/NAME/ and ROOT/datasets/ORGANISATION/NAME/, one revision each,
-which every revision asked for is taken for. Clients find it by HF_ENDPOINT, which they read when
-first imported: so it serves processes that are started afterwards.
+Layout: ROOT/models/ORGANISATION/NAME/, and datasets and spaces alike, one revision each, which
+every revision asked for is taken for. Clients find it by HF_ENDPOINT, which they read when first
+imported: so it serves processes that are started afterwards.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-KINDS = ("models", "datasets")
-API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(?P<rest>/.*)?")
-FILE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
+KINDS = ("models", "datasets", "spaces")
+API = re.compile(r"/api/(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)(?P<rest>/.*)?")
+FILE = re.compile(r"/(?P<kind>datasets/|spaces/)?(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -111,7 +111,7 @@ class Answer(BaseHTTPRequestHandler):
         if match := API.fullmatch(path):
             self.api(match["kind"], match["id"], (match["rest"] or "").strip("/"))
         elif match := FILE.fullmatch(path):
-            self.resolve("datasets" if match["kind"] else "models", match["id"], match["path"])
+            self.resolve((match["kind"] or "models").rstrip("/"), match["id"], match["path"])
         elif path.removeprefix("/api/") in KINDS:
             self.listing(path.removeprefix("/api/"))
         else:

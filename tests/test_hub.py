@@ -184,3 +184,48 @@ def test_a_repository_that_is_not_there_is_one_line_and_exit_2_or_3(
     assert done.returncode in (2, 3), done.stderr
     assert "tiny/nobody" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+METRIC = """
+import datasets
+import evaluate
+from .counting import length
+
+class Brevity(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="",
+            features=datasets.Features({"predictions": text, "references": text}))
+
+    def _compute(self, predictions, references):
+        return {"brevity": sum(map(length, predictions)) / len(predictions)}
+"""
+
+
+def test_a_metric_of_the_hub_is_that_of_its_revision(
+    hub: Hub, itune: Itune, tmp_path: Path
+) -> None:
+    root, env = hub
+    space = root / "spaces" / "some" / "brevity"
+    space.mkdir(parents=True)
+    (space / "brevity.py").write_text(METRIC, encoding="utf-8")
+    (space / "counting.py").write_text("def length(text):\n    return len(text)\n")
+    (tmp_path / "p.jsonl").write_text('{"prediction": "four", "reference": "x"}\n' * 2)
+    ask = ("eval", "--predictions", "p.jsonl", "--json", "--metric")
+    done = itune(*ask, "some/brevity@v1", env=env)
+    assert done.returncode == 0, done.stderr
+    score = json.loads(done.stdout)["tasks"]["predictions"]["scores"]["brevity"]
+    assert score["value"] == 4
+    name, _, commit = score["signature"].partition("|")[0].partition("@")
+    assert name == "some/brevity"
+    assert len(commit) == 40
+    missing = itune(*ask, "some/nothing@v1", env=env)
+    assert missing.returncode == 2
+    assert "the hub has no space some/nothing with the revision 'v1'" in missing.stderr
+    unpinned = itune(*ask, "some/brevity", env=env)
+    assert unpinned.returncode == 2
+    assert "needs its revision" in unpinned.stderr
+    offline = itune(*ask, "some/brevity@v2", env={**env, "HF_HUB_OFFLINE": "1"})
+    assert offline.returncode == 3, offline.stderr
+    assert "the cache holds no such revision" in offline.stderr

@@ -10,6 +10,7 @@ import string
 import subprocess
 import sys
 import textwrap
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ ENGLISH = (
     'the a an cat cats sat on mat Mat, mat. it\'s 3.5 100% U.S. state-of-the-art well; (so) "ok" '
     "don't & &amp; <b> x_y the\nlines\n"
 )
-WIDE = (
-    "café naïve Résumé straße ½ x² — “quoted” 今天天气很好，我们去公园。 日本語のテスト 한국어 "
+WIDE = (  # little Japanese and Korean: where they prevail, BLEU wants packages that are optional
+    "café naïve Résumé straße ½ x² — “quoted” 今天天气很好，我们去公园。 日本語の 한국어를 "
     "हिन्दी Привет"
 )
 VOCABULARY = ENGLISH.split(" ")
@@ -114,10 +115,8 @@ def test_signature_is_that_of_sacrebleu() -> None:
     ("sentence", "tokenizer"),
     [
         ("今天天气很好，我们去公园玩。", "zh"),
-        ("今日はとても良い天気です。", "char"),
         ("อากาศดีมาก", "char"),
         ("The word 公园 means park, and is read quickly.", "13a"),
-        ("오늘은 날씨가 좋다", "13a"),
         ("Il fait très beau à Besançon", "13a"),
         ("", "13a"),
         ("—", "13a"),
@@ -127,6 +126,86 @@ def test_bleu_takes_the_tokenizer_of_the_script(sentence: str, tokenizer: str) -
     metric = loaded("bleu")
     metric.compute(predictions=["nothing of it"], references=[[sentence]])
     assert f"|tok:{tokenizer}|" in metric.signature
+
+
+@pytest.mark.parametrize(
+    ("sentence", "language", "extra"),
+    [
+        ("今日はとても良い天気です。", "Japanese", "ja"),
+        ("오늘은 날씨가 아주 좋다", "Korean", "ko"),
+    ],
+)
+def test_japanese_and_korean_want_their_dictionary_and_say_so(
+    sentence: str, language: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sacrebleu.tokenizers import tokenizer_ja_mecab, tokenizer_ko_mecab
+
+    monkeypatch.setattr(tokenizer_ja_mecab, "MeCab", None)
+    monkeypatch.setattr(tokenizer_ko_mecab, "MeCab", None)
+    said = rf"references are {language}.*pip install 'sacrebleu\[{extra}\]', or ask for bleu:char"
+    with pytest.raises(errors.UserError, match=said):
+        loaded("bleu").check_references([[sentence]])
+    with pytest.raises(errors.UserError, match=f"asked for {language}"):
+        metrics.load(f"bleu:{extra}")
+    by_letter = loaded("bleu:char")
+    assert by_letter.compute(predictions=[sentence], references=[[sentence]]) == {
+        "bleu:char": pytest.approx(100)
+    }
+
+
+@pytest.mark.parametrize(
+    ("sentence", "script"),
+    [
+        ("今日はとても良い天気です。", "kana"),
+        ("오늘은 날씨가 좋다", "hangul"),
+        ("今天天气很好", "han"),
+        ("Das Wort 오늘은 heißt heute, und 今 ist jetzt", "spaced"),
+        ("สวัสดี", "unspaced"),
+    ],
+)
+def test_script_of_texts(sentence: str, script: str) -> None:
+    assert words.script([sentence, ""]) == script
+
+
+@pytest.mark.parametrize("cut", metrics.BLEU_WORDS[:5])
+def test_bleu_cuts_words_as_it_is_told(cut: str) -> None:
+    import sacrebleu
+
+    rows = case(3, vocabulary=WIDE_VOCABULARY)
+    expected = sacrebleu.corpus_bleu(rows[0], streams(rows[1]), tokenize=cut).score
+    assert value(f"bleu:{cut}", rows) == expected
+    with pytest.raises(errors.UserError, match=r"'bleu:xx': bleu cuts no.*bleu:13a, bleu:intl"):
+        metrics.load("bleu:xx")
+    with pytest.raises(errors.UserError, match=r"f1 cuts no words that way. Known: f1\."):
+        metrics.check("f1:zh")
+
+
+def test_rouge_by_jieba_is_rouge_score_over_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rouge_score import rouge_scorer, tokenizers
+
+    def pairs(text: str) -> list[str]:
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    class Pairs(tokenizers.Tokenizer):  # type: ignore[misc, unused-ignore]
+        def tokenize(self, text: str) -> list[str]:
+            return [word for word in pairs(text) if any(map(str.isalnum, word))]
+
+    jieba = types.ModuleType("jieba")
+    vars(jieba).update(lcut=pairs, setLogLevel=lambda _: None, __version__="0.0")
+    monkeypatch.setitem(sys.modules, "jieba", jieba)
+    said, gold = "今天天气很好，我们去公园。", "今天天气不错，我们去散步。"
+    metric = loaded("rouge:jieba")
+    found = metric.compute(predictions=[said], references=[[gold]])
+    assert found is not None
+    best = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Pairs()).score(
+        gold, said
+    )
+    for kind, each in best.items():
+        assert found[f"{kind}:jieba"] == pytest.approx(each.fmeasure, abs=1e-12)
+    assert metric.signature_of("rougeL:jieba").startswith("rougeL|stem:no|tok:jieba-0.0|")
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(errors.UserError, match=r"pip install 'itune\[zh\]'"):
+        metrics.load("rougeL:jieba")
 
 
 @pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL", "rougeLsum"])
@@ -203,6 +282,46 @@ def test_f1_equals_scikit_learn() -> None:
         odd = [each if draw.random() < 0.8 else "what?" for each in answered]
         asked = f1_score(gold, odd, labels=sorted(set(gold)), average="macro", zero_division=0)
         assert value("f1", (odd, rows[1])) == pytest.approx(asked, abs=1e-12), seed
+
+
+def test_details_of_f1_equal_scikit_learn() -> None:
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
+    draw = random.Random(8)
+    for _ in range(30):
+        labels = [f"label {i}" for i in range(draw.randint(2, 5))]
+        gold = [*labels, *draw.choices(labels, k=draw.randint(1, 30))]
+        odd = [each if draw.random() < 0.6 else draw.choice([*labels, "what?"]) for each in gold]
+        found = loaded("f1").details(odd, [[each] for each in gold])
+        micro = f1_score(gold, odd, labels=labels, average="micro", zero_division=0)
+        assert found["micro"] == pytest.approx(micro, abs=1e-12)
+        each = precision_recall_fscore_support(gold, odd, labels=labels, zero_division=0)
+        for place, label in enumerate(labels):
+            ours = found["classes"][label]
+            theirs = [float(part[place]) for part in each]
+            assert [ours[key] for key in ("precision", "recall", "f1", "rows")] == pytest.approx(
+                theirs, abs=1e-12
+            )
+        table = confusion_matrix(gold, odd, labels=[*labels, "what?"])
+        assert found["confusion"] == {"labels": labels, "counts": table[:-1].tolist()}
+
+
+def test_matthews_correlation_equals_scikit_learn() -> None:
+    from sklearn.metrics import matthews_corrcoef
+
+    draw = random.Random(9)
+    for _ in range(200):
+        labels = [f"label {i}" for i in range(draw.randint(2, 4))]
+        gold = draw.choices(labels, k=draw.randint(2, 20))
+        odd = [each if draw.random() < 0.5 else draw.choice([*labels, "what?"]) for each in gold]
+        if {*gold, *odd} == {gold[0]}:
+            continue  # scikit-learn gives 0 with a warning
+        rows, expected = (odd, [[each] for each in gold]), matthews_corrcoef(gold, odd)
+        found = value("matthews_correlation", rows, choices=labels)
+        assert found == pytest.approx(expected, abs=1e-12)
+        known = [each if each in gold else "what?" for each in odd]
+        expected = matthews_corrcoef(gold, known)
+        assert value("matthews_correlation", rows) == pytest.approx(expected, abs=1e-12)
 
 
 def test_an_odd_answer_makes_no_class_of_its_own() -> None:
@@ -301,6 +420,21 @@ def test_squad_counts_characters_of_chinese() -> None:
     assert found[:, 0].tolist() == [0, 0, 1]
     assert found[:, 1] == pytest.approx([8 / 9, 2 / 3, 1])
     assert squad.tokens("The U.S. GPU", apart=True) == squad.tokens("The U.S. GPU", apart=False)
+
+
+def test_perplexity_is_that_of_all_tokens_together() -> None:
+    from itune.metrics.perplexity import Perplexity
+
+    draw = np.random.default_rng(2)
+    losses, lengths = draw.gamma(3, 5, size=20), draw.integers(1, 40, size=20)
+    each = np.concatenate([np.full(n, nats / n) for nats, n in zip(losses, lengths, strict=True)])
+    found = Perplexity().compute(predictions=losses.tolist(), references=lengths.tolist())
+    assert found == {"perplexity": pytest.approx(np.exp(each.mean()), rel=1e-12)}
+    for nats, tokens in ((float("nan"), 3), (1.0, 0)):
+        with pytest.raises(errors.UserError, match="row 1 has a loss of"):
+            Perplexity().compute(predictions=[1.0, nats], references=[3, tokens])
+    with pytest.raises(errors.UserError, match="perplexity is measured on sources without"):
+        metrics.check("perplexity")
 
 
 # --- the same for all of them ---
@@ -430,7 +564,7 @@ def test_nothing_is_written_in_the_cache(tmp_path: Path) -> None:
 
 def test_names_are_all_the_classes_there_are() -> None:
     folder = Path(metrics.__file__).parent
-    own = {"__init__", "sacre", "sufficient", "tables", "user", "words"}
+    own = {"__init__", "perplexity", "sacre", "sufficient", "tables", "user", "words"}
     files = {path.stem for path in folder.glob("*.py")} - own
     assert {each.partition(":")[0] for each in metrics.METRICS.values()} == files
     assert len(metrics.names()) == 15

@@ -105,3 +105,19 @@ def merge_and_prove(model: Any, ids: torch.Tensor, folder: Path) -> float:
         )
     whole.save_pretrained(folder)
     return difference
+
+
+def folded(base: Any, location: str) -> Any:
+    """The base with the adapter of a folder folded into its own weights: no second copy.
+
+    Raises ModelError where the adapter does not go with it.
+    """
+    import peft
+
+    try:
+        loaded = peft.PeftModel.from_pretrained(base, location)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise errors.ModelError(
+            f"{location}: this adapter does not go with its base: {' '.join(str(error).split())}"
+        ) from error
+    return loaded.merge_and_unload()

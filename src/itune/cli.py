@@ -123,6 +123,14 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, help="Rows of each task.")
     ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", metavar="K", min=0, help="Solved examples before each question."),
+    ] = None,
+    wordings: Annotated[
+        str | None,
+        typer.Option("--wordings", metavar="all|first|N", help="Which wordings are asked."),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -132,7 +140,9 @@ def evaluate(
     common = commands.Common(recipe, tuple(sets or ()), output, None, as_json, quiet)
     commands.evaluate(
         common,
-        commands.Judged(run, model, predictions, tuple(metric or ()), against, limit),
+        commands.Judged(
+            run, model, predictions, tuple(metric or ()), against, limit, shots, wordings
+        ),
     )
 
 

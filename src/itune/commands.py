@@ -343,35 +343,61 @@ class Judged:
     metrics: tuple[str, ...] = ()
     against: str | None = None
     limit: int | None = None
+    shots: int | None = None
+    wordings: str | None = None
 
 
 def evaluate(common: Common, asked: Judged) -> None:
     """`itune eval`: predictions, their scores with intervals, and the paired comparison."""
-    from itune import judging
+    from itune import answering, judging, scoreboard
 
     screen = common.screen()
     if asked.predictions is not None:
         if not asked.metrics:
             raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
-        result = judging.of_file(asked.predictions, asked.metrics, asked.against)
+        settings = recipes.Evaluation()
+        result = judging.of_file(asked.predictions, asked.metrics, asked.against, settings)
     else:
         _still()
         recipe, run = _judged(common, asked)
+        settings = recipe.evaluation
         if run is not None:
             screen.say(f"run: {run.dir}")
         result = judging.of_model(
             recipe,
             run,
             model=asked.model,
-            metrics=asked.metrics or recipe.evaluation.metrics,
-            against=asked.against or recipe.evaluation.against,
-            limit=asked.limit,
+            metrics=asked.metrics or settings.metrics,
+            against=asked.against or settings.against,
+            asked=answering.Asked(
+                limit=asked.limit,
+                shots=settings.shots if asked.shots is None else asked.shots,
+                wordings=_wordings(asked.wordings),
+                decide=settings.decide,
+            ),
             folder=common.output,
             say=screen.say,
         )
-    for title, columns, rows in judging.tables(result):
-        screen.table(title, columns, rows)
+    for table in scoreboard.tables(result, settings.confidence):
+        if table.title:
+            screen.result(table.title)
+        if table.columns:
+            screen.table("", table.columns, table.rows)
+        screen.result("".join(f"{note}\n" for note in table.notes))
     _emit(common, result)
+
+
+def _wordings(given: str | None) -> int | None:
+    """How many of a template's wordings are asked; None for all."""
+    if given in (None, "all"):
+        return None
+    if given == "first":
+        return 1
+    if not str(given).isdecimal() or int(str(given)) < 1:
+        raise errors.OptionError(
+            f"--wordings: expected all, first, or a number from 1, found {errors.shown(given)}."
+        )
+    return int(str(given))
 
 
 def _judged(common: Common, asked: Judged) -> tuple[recipes.Recipe, runs.Run | None]:

@@ -1,4 +1,4 @@
-"""Answers from a model: generated in batches, or the likeliest of given choices.
+"""Answers from a model, generated in batches.
 
 Needs torch.
 """
@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from itune import batches, data, encoding, errors, formats
+from itune import encoding, errors
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 MAX_NEW_TOKENS = 128
@@ -135,60 +134,3 @@ def _room_left(model: Any, prompt: Sequence[int]) -> int:
 def context(model: Any) -> int:
     """How many tokens the model reads at once; a large number where its config sets none."""
     return int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
-
-
-@torch.inference_mode()
-def choose(
-    model: Any,
-    encoder: encoding.Encoder,
-    prompts: Sequence[Sequence[formats.Message]],
-    choices: Sequence[str],
-) -> list[int]:
-    """For each prompt the index of the choice that the model finds likeliest.
-
-    A choice's likelihood is that of its tokens and the stop token, exactly as an answer is
-    trained on; ties go to the first.
-    """
-    model.eval()
-    rows = [
-        encoder.conversation([*prompt, formats.Message("assistant", choice)], train_on="last")
-        for prompt in prompts
-        for choice in choices
-    ]
-    scores = np.zeros(len(rows))
-    corpus = data.from_tokens(rows)
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))
-    pad = encoder.tokenizer.pad_token_id
-    for part in batches.micro_batches(order, corpus.lengths, BATCH_TOKENS, padded=True):
-        batch = batches.padded(corpus, part, pad).to(model.device)
-        columns = (batch.targets != batches.IGNORED).any(0).nonzero().squeeze(1)
-        output = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask,
-            position_ids=batch.positions,
-            use_cache=False,
-            logits_to_keep=columns,
-        )
-        targets = batch.targets[:, columns]
-        chances = output.logits.float().log_softmax(-1)  # [rows, columns, vocabulary]
-        picked = chances.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
-        scores[part] = (picked * (targets != batches.IGNORED)).sum(-1).cpu().numpy()
-    table = scores.reshape(len(prompts), len(choices))
-    return [int(best) for best in table.argmax(1)]
-
-
-def answers(
-    model: Any,
-    encoder: encoding.Encoder,
-    task: data.Task,
-    wanted: Any,
-    *,
-    decide: str = "likelihood",
-    done: Callable[[int, Completion], None] | None = None,
-) -> list[str]:
-    """The model's answer to each case of a task: a choice where it has choices, else written."""
-    if task.template.choices and decide == "likelihood":
-        picked = choose(model, encoder, [c.messages for c in task.cases], task.template.choices)
-        return [task.template.choices[index] for index in picked]
-    made = generate(model, encoder, [case.ids for case in task.cases], wanted, done)
-    return [completion.text for completion in made]

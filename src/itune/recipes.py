@@ -220,8 +220,12 @@ class Evaluation(Record):
     """How sure the intervals are."""
     resamples: Annotated[Whole, Field(ge=1, le=1_000_000)] = 1000
     """Bootstrap samples behind each interval."""
-    decide: Literal["likelihood", "generate"] = "likelihood"
+    decide: Literal["likelihood", "likelihood_per_token", "likelihood_per_byte", "generate"] = (
+        "likelihood"
+    )
     """How one of a template's choices is picked: the likeliest, or what the model writes."""
+    shots: Annotated[Whole, Field(ge=0, le=1000)] = 0
+    """Solved rows of the training data before each question. `--shots` says the same."""
 
 
 class Tracking(Record):

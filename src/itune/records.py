@@ -307,13 +307,7 @@ def metric_faults(document: yamls.Document, key: yamls.Key, names: Iterable[Any]
 
     Looked up late and by name: metrics stand below this file, and a recipe without any needs none.
     """
-    wanted = [name for name in names if isinstance(name, str) and "/" not in name]
-    try:
-        known = importlib.import_module("itune.metrics").names() if wanted else ()
-    except (ImportError, AttributeError):
-        return
-    for index, name in enumerate(wanted):
-        if name not in known and not name.endswith(".py"):
-            document.fault(
-                (*key, index), f"unknown metric {errors.shown(name)}.{errors.nearest(name, known)}"
-            )
+    fault = importlib.import_module("itune.metrics").fault
+    for index, name in enumerate(names):
+        if isinstance(name, str) and (said := fault(name)):
+            document.fault((*key, index), said)

@@ -1,30 +1,30 @@
 """Predictions to scores with intervals, paired comparison of two systems, spread over wordings.
 
 A row of the data may have been asked in several wordings; its answers are not independent, so what
-is resampled and swapped is the row with all its wordings. Every random draw depends on the seed and
-on the number of rows alone: neither on their order nor on the metric.
+is resampled and swapped is the row with all its wordings.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from itune import errors, metrics
+from itune import errors, intervals, metrics, resampling
+from itune.intervals import Array
+from itune.resampling import Difference as Difference
+from itune.resampling import Score as Score
 
 if TYPE_CHECKING:
     from itune.metrics.tables import Table
 
-Array = npt.NDArray[Any]
-T = TypeVar("T", float, npt.NDArray[Any])
-
-BLOCK = 4_000_000  # chosen: weights drawn at a time, 32 MB as float64
-NOISE = 1e-9  # sums in another order may differ by this much, on scales of 0 to 100 at most
+# The values of metrics that ship with itune of which the smaller is the better.
+LESS_IS_BETTER = ("ter", "perplexity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,28 +39,18 @@ class Prediction:
     """The answer; empty text is an answer too, and a wrong one."""
     references: tuple[str, ...]
     """What would have been right; at least one."""
+    prompt: str | None = None
+    """What was asked, where that is known; two systems that are compared were asked the same."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
-    """A value on its metric's own scale, with its confidence interval."""
+class Change:
+    """Two answers to one prompt, one of which scores more."""
 
-    value: float
-    low: float
-    high: float
-    signature: str
-    """How it was computed: variant, tokenizer, version of the library."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """Ours minus theirs, with its confidence interval and two-sided p-value."""
-
-    value: float
-    low: float
-    high: float
-    p_value: float
-    """How often systems that are alike differ as much, by chance; 1 = no difference at all."""
+    ours: Prediction
+    theirs: Prediction
+    gain: float
+    """By how much ours is better by the metric; below 0 it is worse."""
 
 
 def score(
@@ -74,24 +64,14 @@ def score(
 ) -> dict[str, Score]:
     """Each value of the metrics over all rows and wordings, by key, with its interval.
 
-    The interval is the percentile bootstrap over rows (Efron 1979; for such metrics Koehn 2004).
-    Where no resample differs, e.g. every answer is right, the bootstrap has nothing to say and the
-    interval is that of the rows which may not have been seen (`_unseen`).
+    The interval is the bootstrap over rows (Efron 1979; for such metrics Koehn 2004), corrected
+    for bias, skew and few rows; see `intervals.interval`.
     Raises UserError: no rows, an unknown metric; DataError: the same row and wording twice.
     """
-    _check_settings(confidence, resamples)
+    intervals.check(confidence, resamples)
     ordered = _ordered(rows, "predictions")
     tables = _tables(ordered, metric_names, choices)
-    n_rows = len(_starts(ordered))
-    pairs = [(table, table) for table in tables]
-    drawn = _draw(
-        pairs, _weights(n_rows, resamples, seed), lambda mine, _, weights: mine.resampled(weights)
-    )
-    return {
-        key: _scored(table, key, value, drawn[key], confidence, n_rows)
-        for table in tables
-        for key, value in table.values().items()
-    }
+    return resampling.scores(tables, len(_starts(ordered)), confidence, resamples, seed)
 
 
 def compare(
@@ -106,37 +86,50 @@ def compare(
 ) -> dict[str, Difference]:
     """Ours minus theirs for each value of the metrics, by key, paired by row.
 
-    The interval is the percentile bootstrap of the difference: both systems see the same resampled
-    rows, those of `score` with the same seed (paired bootstrap, Koehn 2004, section 5). The p-value
+    The interval is the bootstrap of the difference: both systems see the same resampled rows,
+    those of `score` with the same seed (paired bootstrap, Koehn 2004, section 5). The p-value
     is that of approximate randomisation (Noreen 1989; Riezler and Maxwell 2005): the two answers to
     a row are swapped by the toss of a coin, and p = (swaps with at least the difference that was
     seen, either way, + 1) / (swaps + 1). So it is never below 1 / (resamples + 1).
-    Raises what `score` raises; DataError where rows, wordings or references are not the same.
+    Raises what `score` raises; DataError where rows, wordings, prompts or references differ.
     """
-    _check_settings(confidence, resamples)
-    left, right = _ordered(ours, "our predictions"), _ordered(theirs, "their predictions")
-    _check_paired(left, right)
+    intervals.check(confidence, resamples)
+    left, right = _paired(ours, theirs)
     pairs = list(
         zip(
             _tables(left, metric_names, choices), _tables(right, metric_names, choices), strict=True
         )
     )
-    n_rows = len(_starts(left))
+    return resampling.differences(pairs, len(_starts(left)), confidence, resamples, seed)
 
-    def resampled(mine: Table, other: Table, weights: Array) -> dict[str, Array]:
-        return _minus(mine.resampled(weights), other.resampled(weights))
 
-    def swapped(mine: Table, other: Table, swaps: Array) -> dict[str, Array]:
-        return _minus(mine.swapped(other, swaps), other.swapped(mine, swaps))
+def changes(
+    ours: Sequence[Prediction],
+    theirs: Sequence[Prediction],
+    metric_names: Sequence[str],
+    *,
+    choices: Sequence[str] = (),
+) -> tuple[str, list[Change]]:
+    """The key of the first metric that scores single answers, and the pairs that it tells apart.
 
-    drawn = _draw(pairs, _weights(n_rows, resamples, seed), resampled)
-    tossed = _draw(pairs, _swaps(n_rows, resamples, seed), swapped)
-    differences = {}
-    for mine, other in pairs:
-        for key, value in _minus(mine.values(), other.values()).items():
-            low, high = _percentiles(drawn[key], value, confidence)
-            differences[key] = Difference(value, low, high, _p_value(tossed[key], value))
-    return differences
+    The largest gain first, the largest loss last. Raises what `compare` raises.
+    """
+    left, right = _paired(ours, theirs)
+    for mine, other in zip(
+        _tables(left, metric_names, choices), _tables(right, metric_names, choices), strict=True
+    ):
+        each, others = mine.each(), other.each()
+        if each is None or others is None:
+            continue
+        gains = (each - others) * (-1 if mine.less_is_better else 1)
+        order = np.argsort(-gains, kind="stable")
+        found = [
+            Change(left[place], right[place], float(gains[place]))
+            for place in order
+            if abs(gains[place]) > intervals.NOISE
+        ]
+        return next(iter(mine.signatures)), found
+    return "", []
 
 
 def by_wording(
@@ -154,6 +147,31 @@ def by_wording(
         }
         for wording in np.unique(wordings)
     ]
+
+
+def details(
+    rows: Sequence[Prediction], metric_names: Sequence[str], *, choices: Sequence[str] = ()
+) -> dict[str, Mapping[str, Any]]:
+    """What a metric has to say beside its values, by key: for F1 its classes."""
+    ordered = _ordered(rows, "predictions")
+    found: dict[str, Mapping[str, Any]] = {}
+    for table in _tables(ordered, metric_names, choices):
+        for key in table.signatures:
+            if table.details:
+                found[key] = table.details
+    return found
+
+
+def check_references(
+    references: Sequence[Sequence[str]], metric_names: Sequence[str], *, choices: Sequence[str] = ()
+) -> None:
+    """Raises UserError where a metric cannot score such references: before any answer is asked."""
+    for name in dict.fromkeys(metric_names):
+        metric = metrics.load(name, choices=choices)
+        getattr(metric, "check_references", lambda _: None)(references)
+
+
+# --- tables -------------------------------------------------------------------------------------
 
 
 def _tables(
@@ -179,14 +197,26 @@ def _tables(
 
 
 def _table(ordered: Sequence[Prediction], name: str, choices: Sequence[str]) -> Table:
+    texts = tuple(each.prediction for each in ordered)
+    references = tuple(each.references for each in ordered)
+    count = _counted.__wrapped__ if name.endswith(".py") or "@" in name else _counted
+    # A copy, as its signatures are the caller's to choose from.
+    return copy.copy(count(name, tuple(choices), texts, references, tuple(_starts(ordered))))
+
+
+# An evaluation asks for the same table half a dozen times, and TER takes seconds to count.
+@functools.lru_cache(maxsize=16)
+def _counted(
+    name: str,
+    choices: tuple[str, ...],
+    texts: tuple[str, ...],
+    references: tuple[tuple[str, ...], ...],
+    starts: tuple[int, ...],
+) -> Table:
     from itune.metrics import tables
 
-    return tables.make(
-        metrics.load(name, choices=choices),
-        [each.prediction for each in ordered],
-        [each.references for each in ordered],
-        _starts(ordered),
-    )
+    metric = metrics.load(name, choices=choices)
+    return tables.make(metric, texts, references, np.array(starts))
 
 
 def _ordered(rows: Sequence[Prediction], where: str) -> list[Prediction]:
@@ -208,118 +238,40 @@ def _starts(ordered: Sequence[Prediction]) -> Array:
     return np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
 
 
-def _check_settings(confidence: float, resamples: int) -> None:
-    if not 0 < confidence < 1:
-        raise errors.UserError(
-            f"confidence: is {errors.shown(confidence)}. Give a share between 0 and 1, e.g. 0.95."
-        )
-    if resamples < 1:
-        raise errors.UserError(
-            f"resamples: is {errors.shown(resamples)}. Give a whole number from 1, e.g. 1000."
-        )
-
-
-def _check_paired(ours: Sequence[Prediction], theirs: Sequence[Prediction]) -> None:
-    """Raises DataError, which names the first place where two systems did not answer the same."""
-    left = {(each.row, each.wording): each.references for each in ours}
-    right = {(each.row, each.wording): each.references for each in theirs}
-    for here, there, only in ((left, right, "ours"), (right, left, "theirs")):
-        missing = sorted(here.keys() - there.keys())
+def _paired(
+    ours: Sequence[Prediction], theirs: Sequence[Prediction]
+) -> tuple[list[Prediction], list[Prediction]]:
+    """Both in the same order. Raises DataError, which names the first place where two systems did
+    not answer the same."""
+    left, right = _ordered(ours, "our predictions"), _ordered(theirs, "their predictions")
+    here = {(each.row, each.wording) for each in left}
+    there = {(each.row, each.wording) for each in right}
+    for mine, others, only in ((here, there, "ours"), (there, here, "theirs")):
+        missing = sorted(mine - others)
         if missing:
             row, wording = missing[0]
             raise errors.DataError(
-                f"comparison: {len(missing)} of {len(here)} answers are only in {only}, the first "
+                f"comparison: {len(missing)} of {len(mine)} answers are only in {only}, the first "
                 f"to row {row} in wording {wording}. Compare answers to the same rows and wordings."
             )
-    for (row, wording), references in left.items():
-        if right[row, wording] != references:
+    for one, other in zip(left, right, strict=True):
+        place = f"comparison: row {one.row} in wording {one.wording}"
+        if one.references != other.references:
             raise errors.DataError(
-                f"comparison: row {row} in wording {wording} has other references in ours than in "
-                "theirs. Compare answers to the same data."
+                f"{place} has other references in ours than in theirs. "
+                "Compare answers to the same data."
             )
+        if one.prompt != other.prompt and None not in (one.prompt, other.prompt):
+            raise errors.DataError(
+                f"{place} was asked otherwise: ours {errors.shown(_parting(one, other))}, theirs "
+                f"{errors.shown(_parting(other, one))}. Compare answers to the same prompts."
+            )
+    return left, right
 
 
-def _weights(n_rows: int, resamples: int, seed: int) -> Iterator[Array]:
-    """How often each row is drawn when n_rows are drawn with replacement, [draws, rows] a block."""
-    random = np.random.default_rng([seed, 1])
-    for n_draws in _blocks(n_rows, resamples):
-        drawn = random.integers(0, n_rows, size=(n_draws, n_rows))
-        drawn += np.arange(n_draws)[:, None] * n_rows
-        counts = np.bincount(drawn.ravel(), minlength=n_draws * n_rows)
-        yield counts.reshape(n_draws, n_rows).astype(np.float64)
-
-
-def _swaps(n_rows: int, resamples: int, seed: int) -> Iterator[Array]:
-    """Tosses of a coin, 0 or 1, [draws, rows] a block."""
-    random = np.random.default_rng([seed, 2])
-    for n_draws in _blocks(n_rows, resamples):
-        yield (random.random((n_draws, n_rows)) < 0.5).astype(np.float64)
-
-
-def _blocks(n_rows: int, resamples: int) -> Iterator[int]:
-    """Sizes of the blocks that many draws are made in; the draws do not depend on them."""
-    size = max(1, BLOCK // n_rows)
-    for done in range(0, resamples, size):
-        yield min(size, resamples - done)
-
-
-def _draw(
-    pairs: Sequence[tuple[Table, Table]],
-    blocks: Iterator[Array],
-    ask: Callable[[Table, Table, Array], dict[str, Array]],
-) -> dict[str, Array]:
-    """What each pair of tables answers to all blocks of draws, by key, [draws]."""
-    parts: dict[str, list[Array]] = {key: [] for mine, _ in pairs for key in mine.signatures}
-    done = 0
-    for block in blocks:
-        for mine, other in pairs:
-            wanted = block[: max(0, mine.most - done)]
-            for key, values in (ask(mine, other, wanted) if len(wanted) else {}).items():
-                parts[key].append(values)
-        done += len(block)
-    return {key: np.concatenate(found) for key, found in parts.items()}
-
-
-def _minus(ours: dict[str, T], theirs: dict[str, T]) -> dict[str, T]:
-    return {key: value - theirs[key] for key, value in ours.items()}
-
-
-def _scored(
-    table: Table, key: str, value: float, drawn: Array, confidence: float, n_rows: int
-) -> Score:
-    low, high = _percentiles(drawn, value, confidence)
-    if table.bounds is not None and high - low <= NOISE:
-        low, high = _unseen(value, table.bounds, confidence, n_rows)
-    return Score(value, low, high, table.signatures[key])
-
-
-def _percentiles(drawn: Array, value: float, confidence: float) -> tuple[float, float]:
-    """The middle share of the draws, widened to hold the value; the value if none is finite."""
-    known = drawn[np.isfinite(drawn)]
-    if len(known) == 0:
-        return value, value
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(known, [tail, 1 - tail])
-    return min(float(low), value), max(float(high), value)
-
-
-def _unseen(
-    value: float, bounds: tuple[float, float], confidence: float, n_rows: int
-) -> tuple[float, float]:
-    """The interval where all rows score alike, so that every resample is the same.
-
-    The share of rows that score otherwise, none of which was seen among n, is at most
-    1 - (tail)^(1/n) (Clopper and Pearson 1934, for 0 of n; "rule of three"); at worst these rows
-    score the least or the greatest value there is.
-    """
-    least, greatest = bounds
-    seen = ((1 - confidence) / 2) ** (1 / n_rows)
-    low = seen * value + (1 - seen) * least
-    high = seen * value + (1 - seen) * greatest
-    return min(low, value), max(high, value)
-
-
-def _p_value(tossed: Array, value: float) -> float:
-    """Two-sided: the share of swaps that differ at least as much, counting what was seen as one."""
-    as_large = np.abs(tossed[np.isfinite(tossed)]) >= abs(value) - NOISE
-    return float((as_large.sum() + 1) / (len(as_large) + 1))
+def _parting(one: Prediction, other: Prediction) -> str:
+    """A prompt from a little before the place where it leaves the other."""
+    mine, others = one.prompt or "", other.prompt or ""
+    same = next((i for i, (a, b) in enumerate(zip(mine, others, strict=False)) if a != b), None)
+    place = min(len(mine), len(others)) if same is None else same
+    return mine[max(0, place - 20) :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from itune import errors
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 METRICS = {
     "f1": "f1:F1",
     "accuracy": "accuracy:Accuracy",
+    "matthews_correlation": "matthews_correlation:MatthewsCorrelation",
     "exact_match": "exact_match:ExactMatch",
     "final_number": "final_number:FinalNumber",
     "bleu": "bleu:Bleu",
@@ -30,6 +31,15 @@ METRICS = {
     "squad_em": "squad:SquadEm",
     "squad_f1": "squad:SquadF1",
 }
+# Those that are told which labels there are.
+LABELLED = ("f1", "matthews_correlation")
+# How words are cut where that is not left to the script of the references: `bleu:zh`.
+BLEU_WORDS = ("13a", "intl", "char", "none", "zh", "ja", "ko")
+ROUGE_WORDS = ("jieba",)
+WORDS = {
+    "bleu": BLEU_WORDS,
+    **dict.fromkeys(("rouge", "rouge1", "rouge2", "rougeL", "rougeLsum"), ROUGE_WORDS),
+}
 
 
 def names() -> list[str]:
@@ -37,28 +47,58 @@ def names() -> list[str]:
     return list(METRICS)
 
 
+def fault(name: str) -> str:
+    """What is wrong with a metric's name, and what to do; nothing where it may be asked for.
+
+    Imports nothing, opens no file and asks no hub.
+    """
+    if name.endswith(".py"):
+        return ""
+    if "@" in name:
+        place, _, revision = name.partition("@")
+        known = place and revision and place.count("/") <= 1
+        return "" if known else f"{errors.shown(name)} is no NAME@REVISION of the hub."
+    if name == "perplexity":
+        return "perplexity is measured on sources without a template, unasked. Leave it out."
+    base, colon, words = name.partition(":")
+    if base not in METRICS:
+        if "/" in name:
+            return (
+                f"unknown metric {errors.shown(name)}. One of the hub needs its revision, "
+                f"because its code runs: {errors.inert(name)}@COMMIT."
+            )
+        hint = errors.nearest(base, METRICS)
+        own = "" if "Did" in hint else " A path that ends in .py loads your own."
+        return f"unknown metric {errors.shown(name)}.{hint}{own}"
+    if colon and words not in WORDS.get(base, ()):
+        ways = ", ".join(f"{base}:{each}" for each in WORDS.get(base, ())) or base
+        return f"{errors.shown(name)}: {base} cuts no words that way. Known: {ways}."
+    return ""
+
+
 def check(name: str, where: str = "metric") -> None:
     """Raises UserError when no metric has this name; imports nothing. A path is not opened."""
-    if name not in METRICS and not name.endswith(".py"):
-        hint = errors.nearest(name, METRICS)
-        raise errors.UserError(
-            f"{where}: no metric is called {errors.shown(name)}.{hint} "
-            f"A path that ends in .py loads your own."
-        )
+    if said := fault(name):
+        raise errors.UserError(f"{where}: {said}")
 
 
 def load(name: str, *, choices: Sequence[str] = ()) -> SufficientMetric | UserMetric:
-    """The metric of this name, ready to use, without a network; choices: see `f1`.
+    """The metric of this name, ready to use, without a network; choices: see `f1.Labelled`.
 
-    A path that ends in .py is opened with `evaluate.load`: **the code in it runs**, with the rights
-    of whoever asked. Raises UserError for an unknown name and for a file that does not load.
+    After a colon stands how words are cut (`bleu:zh`, `rouge:jieba`). A path that ends in .py, and
+    NAME@REVISION of the hub, is opened with `evaluate.load`: **the code in it runs**, with the
+    rights of whoever asked. Raises UserError for an unknown name and for a file that does not load.
     """
     check(name)
-    if name.endswith(".py"):
+    if name.endswith(".py") or "@" in name:
         user = importlib.import_module("itune.metrics.user")
         own: SufficientMetric | UserMetric = user.load(name)
         return own
-    module, _, kind = METRICS[name].partition(":")
+    base, _, words = name.partition(":")
+    module, _, kind = METRICS[base].partition(":")
     metric = getattr(importlib.import_module(f"itune.metrics.{module}"), kind)
-    made: SufficientMetric = metric(choices=choices) if name == "f1" else metric()
+    options: dict[str, Any] = {"choices": choices} if base in LABELLED else {}
+    if words:
+        options["cut"] = words
+    made: SufficientMetric = metric(**options)
     return made

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from sacrebleu.metrics.chrf import CHRF
 
-from itune.metrics import sacre, sufficient
+from itune.metrics import sacre, sufficient, words
 
 
 class Chrf(sacre.SacreMetric):
@@ -14,8 +14,8 @@ class Chrf(sacre.SacreMetric):
 
     keys: ClassVar[tuple[str, ...]] = ("chrf",)
 
-    def configured(self, script: str) -> CHRF:
+    def configured(self, script: words.Script) -> CHRF:
         return CHRF()
 
-    def script(self, references: sufficient.References) -> str:
+    def script(self, references: sufficient.References) -> words.Script:
         return "spaced"

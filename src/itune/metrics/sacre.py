@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from sacrebleu.metrics.base import Metric
 
-from itune.metrics import sufficient
+from itune.metrics import sufficient, words
 
 
 class SacreMetric(sufficient.SufficientMetric):
@@ -23,12 +23,15 @@ class SacreMetric(sufficient.SufficientMetric):
         self.library = self.configured("spaced")
 
     @abc.abstractmethod
-    def configured(self, script: str) -> Metric:
+    def configured(self, script: words.Script) -> Metric:
         """sacrebleu's object for texts that are mostly written so (`words.script`)."""
 
     @abc.abstractmethod
-    def script(self, references: sufficient.References) -> str:
+    def script(self, references: sufficient.References) -> words.Script:
         """How the references are written, as far as this metric has to know."""
+
+    def check_references(self, references: sufficient.References) -> None:
+        self.configured(self.script(references))
 
     def count(
         self, predictions: Sequence[str], references: sufficient.References

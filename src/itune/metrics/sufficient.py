@@ -62,7 +62,7 @@ def check_rows(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) == 0:
         raise errors.UserError("metric: there are no rows to score. Give at least one prediction.")
     for row, answers in enumerate(references):
-        if not isinstance(answers, str) and len(answers) == 0:
+        if isinstance(answers, Sequence) and not isinstance(answers, str) and not answers:
             raise errors.UserError(
                 f"metric: row {row} has no reference. Give at least one; it may be empty text."
             )
@@ -86,6 +86,10 @@ class SufficientMetric(evaluate.Metric, abc.ABC):
     """Names of the values, in the order of the result."""
     bounds: ClassVar[tuple[float, float] | None] = (0.0, 1.0)
     """The least and the greatest value; None where the metric has no greatest."""
+    unseen: ClassVar[tuple[float, float] | None] = None
+    """What rows that were never seen may score at worst and at best; the bounds if left out."""
+    less_is_better: ClassVar[bool] = False
+    """Whether a smaller value is the better one."""
     signature: str = ""
     """How the values are made: variant, tokenizer, version. Set by `statistics`."""
 
@@ -115,6 +119,17 @@ class SufficientMetric(evaluate.Metric, abc.ABC):
     def signature_of(self, key: str) -> str:
         """The signature of one of the values."""
         return self.signature
+
+    def row_values(self, statistics: Array) -> dict[str, Array]:
+        """What single answers score, for telling which of two is the better; [rows, k]."""
+        return self.values(statistics)
+
+    def details(self, predictions: Sequence[str], references: References) -> dict[str, Any]:
+        """What there is to say beside the values, for scores.json; nothing for most."""
+        return {}
+
+    def check_references(self, references: References) -> None:
+        """Raises UserError where such references cannot be scored, before there is any answer."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = type(self).__doc__ or ""

@@ -20,7 +20,11 @@ class Table(Protocol):
     signatures: dict[str, str]
     """The signature of each value that is wanted, by key, in the order of the result."""
     bounds: tuple[float, float] | None
-    """The least and the greatest value, where there are such."""
+    """The least and the greatest value that rows never seen may have, where there are such."""
+    less_is_better: bool
+    """Whether a smaller value is the better one."""
+    details: Mapping[str, Any]
+    """What the metric has to say beside its values."""
     most: int
     """How many draws it may be asked for."""
 
@@ -32,6 +36,12 @@ class Table(Protocol):
 
     def swapped(self, other: Any, swaps: Array) -> dict[str, Array]:
         """Values [draws] where rows marked 1 in swaps [draws, rows] are the other system's."""
+
+    def left_out(self) -> dict[str, Array] | None:
+        """Values [rows] without each row, or None where that is not to be had."""
+
+    def each(self) -> Array | None:
+        """What each answer scores by the first value, [answers], or None."""
 
 
 def make(
@@ -45,15 +55,39 @@ def make(
     Raises what the metric raises.
     """
     if isinstance(metric, sufficient.SufficientMetric):
-        statistics = metric.statistics(texts, references)
-        signatures = {key: metric.signature_of(key) for key in metric.keys}
-        return Summed(statistics, metric.values, signatures, metric.bounds, starts)
-    found = metric.compute(texts, references)
+        return of_statistics(
+            metric,
+            metric.statistics(texts, references),
+            starts,
+            details=metric.details(texts, references),
+        )
+    found = metric.checked(texts, references)
     signatures = dict.fromkeys(found, metric.signature)
     if all(isinstance(value, np.ndarray) for value in found.values()):
         statistics = np.column_stack([*found.values(), np.ones(len(texts))])
         return Summed(statistics, _means(list(found)), signatures, None, starts)
     return Recomputed(metric, texts, references, signatures, starts)
+
+
+def of_statistics(
+    metric: sufficient.SufficientMetric,
+    statistics: Array,
+    starts: Array,
+    *,
+    details: Mapping[str, Any] | None = None,
+) -> Table:
+    """The table of a metric whose statistics [answers, k] are known; see `make`."""
+    table = Summed(
+        statistics,
+        metric.values,
+        {key: metric.signature_of(key) for key in metric.keys},
+        metric.unseen or metric.bounds,
+        starts,
+    )
+    table.less_is_better = metric.less_is_better
+    table.rows_of = metric.row_values
+    table.details = details or {}
+    return table
 
 
 class Summed:
@@ -71,6 +105,9 @@ class Summed:
     ) -> None:
         self.statistics, self.values_of = statistics, values
         self.signatures, self.bounds = signatures, bounds
+        self.less_is_better = False
+        self.details: Mapping[str, Any] = {}
+        self.rows_of = values
         self.rows = statistics  # [rows, k], summed over wordings
         if len(starts) < len(statistics):
             kind = np.int16 if statistics.dtype == np.int8 else statistics.dtype
@@ -94,6 +131,26 @@ class Summed:
         """Values [draws] where rows marked 1 in swaps [draws, rows] are the other system's."""
         return self._of(sufficient.total(self.rows) + product(swaps, other.rows, minus=self.rows))
 
+    def left_out(self) -> dict[str, Array] | None:
+        """Values [rows] without each row; None for a single one."""
+        if len(self.rows) < 2:
+            return None
+        total, width = sufficient.total(self.rows), max(1, WIDEST // self.rows.shape[1])
+        parts = [
+            self._of(total - self.rows[first : first + width])
+            for first in range(0, len(self.rows), width)
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in self.signatures}
+
+    def each(self) -> Array | None:
+        """What each answer scores by the first value, [answers]."""
+        key, width = next(iter(self.signatures)), max(1, WIDEST // self.statistics.shape[1])
+        parts = [
+            self.rows_of(self.statistics[first : first + width].astype(np.float64))[key]
+            for first in range(0, len(self.statistics), width)
+        ]
+        return np.concatenate(parts)
+
 
 class Recomputed:
     """A metric of the user's that gives its value and nothing else: computed anew for each draw."""
@@ -110,6 +167,8 @@ class Recomputed:
     ) -> None:
         self.metric, self.signatures = metric, signatures
         self.bounds: tuple[float, float] | None = None
+        self.less_is_better = False
+        self.details: Mapping[str, Any] = {}
         self.answers = list(zip(texts, references, strict=True))
         self.ends = [*starts.tolist(), len(texts)]
 
@@ -128,7 +187,16 @@ class Recomputed:
     def values(self, places: Array | None = None) -> dict[str, float]:
         """The values over the answers at these places, or over all."""
         chosen = self.answers if places is None else [self.answers[place] for place in places]
-        return self._compute(chosen)
+        found = self._compute(chosen)
+        for key, value in found.items():
+            self.metric.refuse_undefined(key, value)
+        return found
+
+    def left_out(self) -> None:
+        """Nothing: it would be computed anew for each row."""
+
+    def each(self) -> None:
+        """Nothing: what it says of single answers need not be on the same scale."""
 
     def resampled(self, weights: Array) -> dict[str, Array]:
         """Values [draws] where each row counts as often as weights [draws, rows] say."""

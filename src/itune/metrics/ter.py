@@ -20,10 +20,12 @@ class Ter(sacre.SacreMetric):
 
     keys: ClassVar[tuple[str, ...]] = ("ter",)
     bounds: ClassVar[tuple[float, float] | None] = None
+    unseen: ClassVar[tuple[float, float] | None] = (0.0, 100.0)
+    less_is_better: ClassVar[bool] = True
 
-    def configured(self, script: str) -> TER:
-        spaced = script == "spaced"
+    def configured(self, script: words.Script) -> TER:
+        spaced = script in ("spaced", "hangul")
         return TER(normalized=not spaced, asian_support=not spaced)
 
-    def script(self, references: sufficient.References) -> str:
+    def script(self, references: sufficient.References) -> words.Script:
         return words.script(list(itertools.chain.from_iterable(references)))

@@ -1,4 +1,4 @@
-"""Metrics from the user's own file, opened with `evaluate.load`: code that runs."""
+"""Metrics from the user's own file or the hub, opened with `evaluate.load`: code that runs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from itune.metrics import sufficient
 class UserMetric:
     """A metric that gives values and no statistics; each other set of rows is computed anew."""
 
-    def __init__(self, path: str, module: Any) -> None:
+    def __init__(self, path: str, module: Any, name: str = "") -> None:
         self.path = path
         self.module = module
-        self.signature = f"{Path(path).name}|evaluate:{sufficient.evaluate.__version__}"
+        self.signature = f"{name or Path(path).name}|evaluate:{sufficient.evaluate.__version__}"
 
     def compute(
         self, predictions: Sequence[str], references: sufficient.References
@@ -46,6 +46,26 @@ class UserMetric:
             )
         return numbers_found
 
+    def checked(
+        self, predictions: Sequence[str], references: sufficient.References
+    ) -> dict[str, float | sufficient.Array]:
+        """What `compute` gives. Raises UserError too where a number of it is not finite."""
+        found = self.compute(predictions, references)
+        for key, value in found.items():
+            self.refuse_undefined(key, value)
+        return found
+
+    def refuse_undefined(self, key: str, value: float | sufficient.Array) -> None:
+        """Raises UserError for a value that is not finite, in the row where it is one of many."""
+        bad = np.flatnonzero(~np.isfinite(value))
+        if len(bad) == 0:
+            return
+        where = f" in row {bad[0]}" if np.ndim(value) else ""
+        raise errors.UserError(
+            f"metric {self.path}: its value {errors.shown(key)} is {np.ravel(value)[bad[0]]}{where}"
+            ", no finite number. Return a number for every set of answers, or leave the key out."
+        )
+
     def _shaped(self, references: sufficient.References) -> list[Any]:
         """References as its features want them: a list of texts a row, or one text a row."""
         wanted = self.module.features
@@ -63,14 +83,55 @@ class UserMetric:
 
 
 def load(path: str) -> sufficient.SufficientMetric | UserMetric:
-    """The metric in a Python file. **Its code runs.** Raises UserError when it cannot be loaded."""
-    if not Path(path).is_file():
+    """The metric in a Python file, or NAME@REVISION of the hub. **Its code runs.**
+
+    Raises UserError when it cannot be loaded, EnvironmentRefusal when the hub cannot be reached.
+    """
+    name, script = "", path
+    if not path.endswith(".py"):
+        name, script = _fetched(path)
+    elif not Path(path).is_file():
         raise errors.UserError(f"metric {path}: there is no such file. Give the path of a metric.")
     try:
-        module = sufficient.evaluate.load(path, keep_in_memory=True)
+        module = sufficient.evaluate.load(script, keep_in_memory=True)
     except Exception as error:
         raise _failed(path, "does not load", error) from error
-    return module if isinstance(module, sufficient.SufficientMetric) else UserMetric(path, module)
+    if isinstance(module, sufficient.SufficientMetric):
+        return module
+    return UserMetric(path, module, name)
+
+
+def _fetched(wanted: str) -> tuple[str, str]:
+    """(its name with the commit, the script) of a metric of the hub, as that revision has it.
+
+    Not by `evaluate.load` itself: it takes any revision that it finds in its cache when the one
+    that was asked for cannot be reached.
+    """
+    import huggingface_hub
+
+    name, _, revision = wanted.partition("@")
+    repository = name if "/" in name else f"evaluate-metric/{name}"
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, repo_type="space", revision=revision, allow_patterns="*.py"
+        )
+    except (
+        huggingface_hub.errors.RepositoryNotFoundError,
+        huggingface_hub.errors.RevisionNotFoundError,
+    ) as error:
+        raise errors.UserError(
+            f"metric {wanted}: the hub has no space {repository} with the revision "
+            f"{errors.shown(revision)}. Check both."
+        ) from error
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise errors.EnvironmentRefusal(
+            f"metric {wanted}: the hub cannot be reached and the cache holds no such revision. "
+            "Go online, or give the path of a file."
+        ) from error
+    script = Path(folder) / f"{repository.split('/')[1]}.py"
+    if not script.is_file():
+        raise errors.UserError(f"metric {wanted}: its repository has no {script.name}.")
+    return f"{repository}@{Path(folder).name}", str(script)
 
 
 def _failed(path: str, what: str, error: Exception) -> errors.UserError:
@@ -79,7 +140,7 @@ def _failed(path: str, what: str, error: Exception) -> errors.UserError:
 
 
 def _numbers(found: Any, n_rows: int) -> dict[str, float | sufficient.Array]:
-    """What of a result is a finite number, or a list of one for each row."""
+    """What of a result is a number, or a list of one for each row."""
     kept: dict[str, float | sufficient.Array] = {}
     for key, value in (found if isinstance(found, dict) else {}).items():
         if isinstance(value, numbers.Real) or (isinstance(value, np.ndarray) and value.ndim == 0):

@@ -12,6 +12,7 @@ from typing import Literal
 KANA = "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 HAN = "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 UNSPACED = re.compile(f"[{KANA}{HAN}\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+HANGUL = re.compile("[\uac00-\ud7a3]+")  # runs of syllables: words, nearly
 ENGLISH = re.compile("[a-z0-9]+")
 
 
@@ -55,17 +56,24 @@ def words(text: str) -> list[str]:
     return unicodedata.normalize("NFC", text.lower()).translate(SPACES).split()
 
 
-def script(texts: Sequence[str]) -> Literal["spaced", "han", "unspaced"]:
-    """How most words of the texts are written: with spaces, in Chinese characters, or neither.
+Script = Literal["spaced", "han", "kana", "hangul", "unspaced"]
 
-    Japanese is "unspaced", as soon as a tenth (chosen) of its unspaced characters are kana.
+
+def script(texts: Sequence[str]) -> Script:
+    """How most words of the texts are written.
+
+    With spaces between them, in Korean or else; or without: in Chinese, Japanese, or another such
+    script. It is Japanese as soon as a tenth (chosen) of the unspaced characters are kana.
     """
     text = "\n".join(each for each in texts if not each.isascii())
     single = len(UNSPACED.findall(text))
-    if single == 0:
+    hangul = len(HANGUL.findall(text))
+    if single == 0 and hangul == 0:
         return "spaced"
     others = sum(len(words(each)) for each in texts) - single
     if single < others:
-        return "spaced"
-    han = len(re.findall(f"[{HAN}]", text))
-    return "han" if han >= 0.9 * single else "unspaced"
+        return "hangul" if 2 * hangul > others else "spaced"
+    han, kana = (len(re.findall(f"[{letters}]", text)) for letters in (HAN, KANA))
+    if han >= 0.9 * single:
+        return "han"
+    return "kana" if 2 * (han + kana) >= single else "unspaced"

@@ -1,0 +1,324 @@
+"""One model and what it is asked: answers to every case, kept as they come; losses of texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from itune import errors, predictions, recipes, scoring, signals
+
+if TYPE_CHECKING:
+    from itune import data
+
+Say = Callable[[str], None]
+
+SAID_EVERY = 30.0  # chosen: seconds between two lines of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How much of the evaluation data is asked, and how: what names the folder of the answers."""
+
+    limit: int | None = None
+    """Rows of each task; all when left out."""
+    shots: int = 0
+    """Solved examples before each question."""
+    wordings: int | None = None
+    """The first wordings of each template, this many; all when left out."""
+    decide: str = "likelihood"
+    """How one of a template's choices is picked."""
+
+    @property
+    def name(self) -> str:
+        """`all`, or what is not asked as usual: `first-20-shots-3`."""
+        parts = [
+            "" if self.limit is None else f"first-{self.limit}",
+            f"shots-{self.shots}" if self.shots else "",
+            "" if self.wordings is None else f"wordings-{self.wordings}",
+            "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
+        ]
+        return "-".join(filter(None, parts)) or "all"
+
+
+class Answerer:
+    """A model, loaded when it is first needed, and the tasks it is asked."""
+
+    def __init__(
+        self,
+        recipe: recipes.Recipe,
+        location: str,
+        asked: Asked,
+        say: Say,
+        *,
+        like: Answerer | None = None,
+    ) -> None:
+        """like: take its tokenizer and its prompts, to the last token: those of the tuned model."""
+        from itune import decoding, encoding, models
+
+        self.recipe, self.location, self.asked, self.say = recipe, location, asked, say
+        revision = recipe.model.revision if location == recipe.model.name else None
+        self.named = recipes.Model(name=location, dtype=recipe.model.dtype, revision=revision)
+        self.place = models.placement(self.named)
+        self.config = _config(self.named)
+        if like is None:
+            self.encoder = encoding.Encoder(models.tokenizer(location, revision=revision))
+        else:
+            self.encoder = like.encoder
+        self.wanted = decoding.settings(recipe.generation, self.encoder)
+        self.tasks: list[data.Task] = self._tasks() if like is None else like.tasks
+        self.tokens = 0
+        self.seconds = 0.0
+        self._model: Any = None
+
+    def _tasks(self) -> list[data.Task]:
+        from itune import data, decoding, shots
+
+        room = min(decoding.context(self), 1 << 20)
+        longest = room - min(int(self.wanted.max_new_tokens), room // 2)
+        tasks = data.tasks(
+            self.recipe.data.eval, self.encoder, max_prompt=longest, limit=self.asked.limit
+        )
+        if (most := self.asked.wordings) is not None:
+            tasks = [
+                dataclasses.replace(task, cases=tuple(c for c in task.cases if c.wording < most))
+                for task in tasks
+            ]
+        if self.asked.shots:
+            tasks = shots.add(
+                tasks,
+                self.recipe,
+                self.encoder,
+                self.asked.shots,
+                max_prompt=longest,
+                say=self.say,
+            )
+        return tasks
+
+    # --- the model in memory ---
+
+    @property
+    def model(self) -> Any:
+        """The model, loaded at the first call."""
+        if self._model is None:
+            from itune import models
+
+            self._hold(models.load(self.named, self.place))
+        return self._model
+
+    def _hold(self, model: Any) -> None:
+        from itune import models
+
+        self._model = model.eval()
+        models.take_threads(model, self.place)
+
+    def release(self) -> Any:
+        """Let go of the model and return it: dropped by the caller, its memory is free."""
+        model, self._model = self._model, None
+        return model
+
+    def tune(self, base: Answerer) -> None:
+        """Take the base's model out of its hands and fold this one's adapter into it."""
+        from itune import adapters, models
+
+        self._hold(adapters.folded(base.model, models.resolve(self.location)))
+        base.release()
+
+    # --- what decides its answers ---
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """All that decides the answers but the prompts: the same mark, the same answers."""
+        generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
+        generation.pop("transformers_version", None)
+        mark: dict[str, Any] = {
+            "model": _identity(self.location, self.config),
+            "dtype": str(self.place.dtype).removeprefix("torch."),
+            "generation": generation,
+            "decide": self.asked.decide,
+        }
+        if self.wanted.do_sample:
+            mark["seed"] = self.recipe.training.seed
+        return mark
+
+    # --- asking ---
+
+    def complete(self, kept: predictions.Kept) -> bool:
+        """Whether every answer is known, so that no model is needed."""
+        return all(not self._missing(task, kept) for task in self.tasks)
+
+    def _missing(self, task: data.Task, kept: predictions.Kept) -> list[data.Case]:
+        """The cases to ask; where answers are drawn at random all of a task, or none."""
+        missing = [case for case in task.cases if kept.answer(task, case) is None]
+        drawn = self.wanted.do_sample and not self._chosen(task)
+        return list(task.cases) if missing and drawn else missing
+
+    def _chosen(self, task: data.Task) -> bool:
+        return bool(task.template.choices) and self.asked.decide != "generate"
+
+    def answers(self, kept: predictions.Kept) -> dict[str, list[scoring.Prediction]]:
+        """The model's answer to every case, by task: those that are kept, the others asked now."""
+        if kept.changed:
+            self.say(
+                f"{kept.path}: answers by another {', '.join(kept.changed) or 'model'}; asked anew"
+            )
+        out = {}
+        for task in self.tasks:
+            missing = self._missing(task, kept)
+            if len(missing) < len(task.cases):
+                self.say(
+                    f"{task.name}: {len(task.cases) - len(missing)} of {len(task.cases)} answers "
+                    f"are kept in {kept.path}"
+                )
+            if missing:
+                try:
+                    self._ask(task, missing, kept)
+                except (KeyboardInterrupt, signals.Stopped) as stop:
+                    if kept.path is None:
+                        raise
+                    raise errors.Interrupted(
+                        f"{task.name}: stopped; {len(kept.answers):,} answers are kept in "
+                        f"{kept.path}. Run the same command again to go on from there."
+                    ) from stop
+            out[task.name] = [
+                scoring.Prediction(
+                    case.row,
+                    case.wording,
+                    kept.answer(task, case) or "",
+                    case.references,
+                    predictions.shown(case),
+                )
+                for case in task.cases
+            ]
+        return out
+
+    def _ask(self, task: data.Task, cases: list[data.Case], kept: predictions.Kept) -> None:
+        import torch
+
+        from itune import decoding, likelihoods
+
+        model, started = self.model, time.monotonic()
+        told = self._counting(task, len(cases))
+        torch.manual_seed(self.recipe.training.seed)
+
+        def keep(place: int, answer: str) -> None:
+            kept.add(task, cases[place], answer)
+            told()
+
+        if self._chosen(task):
+            choices = task.template.choices
+            likelihoods.choose(
+                model,
+                self.encoder,
+                [case.messages for case in cases],
+                choices,
+                decide=self.asked.decide,
+                done=lambda place, best: keep(place, choices[best]),
+                say=self.say,
+            )
+        else:
+
+            def done(place: int, completion: decoding.Completion) -> None:
+                self.tokens += completion.tokens
+                keep(place, completion.text)
+
+            decoding.generate(model, self.encoder, [case.ids for case in cases], self.wanted, done)
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s")
+
+    def _counting(self, task: data.Task, total: int) -> Callable[[], None]:
+        """To be called for each answer: says now and then how many there are, and what is left."""
+        begun = said = time.monotonic()
+        count = 0
+
+        def told() -> None:
+            nonlocal count, said
+            count += 1
+            now = time.monotonic()
+            if now - said >= SAID_EVERY and count < total:
+                said = now
+                left = (now - begun) / count * (total - count)
+                self.say(f"{task.name}: {count:,} of {total:,} answers, {left / 60:.0f} min left")
+
+        return told
+
+    def losses(self) -> dict[str, tuple[str, np.ndarray]]:
+        """(path, [texts, 2]: summed loss in nats, tokens) of each source of plain text, by name."""
+        import torch
+
+        from itune import batches, data, losses
+
+        out = {}
+        for source in self.recipe.data.eval:
+            if not data.is_text(source):
+                continue
+            limited = source.model_copy(update={"limit": self.asked.limit or source.limit})
+            corpus = data.corpus([limited], self.encoder, self.recipe.training)
+            sums = np.zeros((len(corpus), 2))
+            for index in range(len(corpus)):
+                batch = batches.padded(corpus, np.array([index]), self.encoder.eos_id)
+                with torch.inference_mode():
+                    loss = losses.summed(self.model, batch.to(self.model.device))
+                sums[index] = float(loss), corpus.targets[index]
+            out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
+        return out
+
+
+def free() -> None:
+    """Give back the memory of models that were let go of."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _config(named: recipes.Model) -> Any:
+    """The config of a model, or of an adapter's base, without loading any weight."""
+    import transformers
+
+    from itune import models
+
+    name = named.name or ""
+    location = models.resolve(name)
+    adapter = models.adapter_of(location)
+    if adapter is not None:
+        base = str(adapter["base_model_name_or_path"])
+        return _config(recipes.Model(name=base, revision=adapter.get("revision")))
+    return models.from_library(
+        name, lambda: transformers.AutoConfig.from_pretrained(location, revision=named.revision)
+    )
+
+
+def _identity(location: str, config: Any) -> Mapping[str, Any]:
+    """What a model is: the commit of one of the hub, the files of a folder; an adapter's base too.
+
+    Small files count by their content; weights by size and time, as reading them all would take
+    as long as loading them.
+    """
+    from itune import models
+
+    folder = Path(models.resolve(location))
+    if not folder.is_dir():
+        return {"name": str(folder), "commit": getattr(config, "_commit_hash", None)}
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin"):
+            files[path.name] = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
+        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
+            files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    text = json.dumps(files, sort_keys=True)
+    found: dict[str, Any] = {"files": hashlib.sha256(text.encode()).hexdigest()}
+    adapter = models.adapter_of(str(folder))
+    if adapter is not None:
+        found["base"] = _identity(str(adapter["base_model_name_or_path"]), config)
+    return found

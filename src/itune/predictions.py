@@ -1,0 +1,200 @@
+"""Files of predictions: read to be scored, kept as answers come, used again for the same question.
+
+Beside them lies `asked.json`: which model gave each file's answers, and by which settings. An
+answer is used again where that is the same and the prompt is, token by token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from itune import errors, runs, scoring, storage
+
+if TYPE_CHECKING:
+    from itune import data
+
+ALONE = "predictions"  # the task of lines that name none
+MARKS = "asked.json"
+
+
+# --- any file -------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, list[scoring.Prediction]]:
+    """The predictions of a JSONL file by task; those of a single task are called `predictions`.
+
+    Each line has `prediction` and `reference` or `references`; `task`, `row`, `wording` and
+    `prompt` are optional. Raises DataError with the line.
+    """
+    tasks: dict[str, list[scoring.Prediction]] = {}
+    for number, line in lines(path):
+        name = str(line.get("task", ALONE))
+        prompt = line.get("prompt")
+        tasks.setdefault(name, []).append(
+            scoring.Prediction(
+                row=_whole(line, "row", number, path, number),
+                wording=_whole(line, "wording", 0, path, number),
+                prediction=_text(line, "prediction", path, number),
+                references=_references(line, path, number),
+                prompt=prompt if isinstance(prompt, str) else None,
+            )
+        )
+    if not tasks:
+        raise errors.DataError(f"{path}: 0 rows, the file is empty. Check how it was written.")
+    return {ALONE: next(iter(tasks.values()))} if len(tasks) == 1 else tasks
+
+
+def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line of a JSONL file. Raises DataError."""
+    if not path.is_file():
+        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                line = json.loads(text)
+            except ValueError as error:
+                raise errors.DataError(
+                    f"{path}:{number}: not JSON: {error}. Mend the line."
+                ) from error
+            if not isinstance(line, dict):
+                raise errors.DataError(
+                    f"{path}:{number}: expected an object {{...}}. Mend the line."
+                )
+            yield number, line
+
+
+def _whole(line: Mapping[str, Any], key: str, default: int, path: Path, number: int) -> int:
+    value = line.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise errors.DataError(
+            f"{path}:{number}: {key}: expected a whole number, found {errors.shown(value)}."
+        )
+    return value
+
+
+def _text(line: Mapping[str, Any], key: str, path: Path, number: int) -> str:
+    value = line.get(key)
+    if not isinstance(value, str):
+        raise errors.DataError(
+            f"{path}:{number}: {key}: expected a text, found {errors.shown(value)}. The line has "
+            f"{', '.join(sorted(line))}."
+        )
+    return value
+
+
+def _references(line: Mapping[str, Any], path: Path, number: int) -> tuple[str, ...]:
+    several = line.get("references")
+    if several is None:
+        return (_text(line, "reference", path, number),)
+    if not isinstance(several, list) or not all(isinstance(each, str) for each in several):
+        raise errors.DataError(
+            f"{path}:{number}: references: expected a list of texts, found {errors.shown(several)}."
+        )
+    return tuple(several)
+
+
+# --- our own, kept as they come -------------------------------------------------------------
+
+
+def shown(case: data.Case) -> str:
+    """The prompt of a case as its line has it: the texts of its messages."""
+    return "\n".join(message.content for message in case.messages)
+
+
+def digest(case: data.Case, choices: Sequence[str]) -> str:
+    """Stands for all that is asked in a case: its tokens, and between what may be chosen."""
+    text = json.dumps([list(case.ids), list(choices)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Key = tuple[str, int, int, str]
+
+
+class Kept:
+    """The answers of one model in a file; those that it gave before are known."""
+
+    def __init__(self, folder: Path | None, name: str, mark: Mapping[str, Any]) -> None:
+        """mark: what decides the answers beside the prompts; another one starts the file anew.
+
+        Without a folder nothing is kept. `changed` names what a mark there has otherwise.
+        """
+        self.path = None if folder is None else folder / name
+        self.answers: dict[Key, str] = {}
+        self.changed: list[str] = []
+        if folder is None or self.path is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        marks = runs.read_json(folder / MARKS) if (folder / MARKS).is_file() else {}
+        mine = json.loads(runs.to_json(mark))
+        whole = _whole_lines(self.path)
+        if marks.get(name) == mine:
+            self.answers = {_key(line): line["prediction"] for line in whole if _is_ours(line)}
+        else:
+            if whole:
+                known = marks.get(name) or {}
+                self.changed = [key for key in mine if known.get(key) != mine[key]]
+            whole = []
+        # The lines first: answers that another model gave must never lie beside this mark.
+        storage.write(self.path, "".join(runs.to_json(line) + "\n" for line in whole))
+        storage.write(folder / MARKS, runs.to_json({**marks, name: mine}, indent=2) + "\n")
+
+    def add(self, task: data.Task, case: data.Case, answer: str) -> None:
+        """Keep an answer, on disk at once."""
+        line = line_of(task, case, answer)
+        self.answers[_key(line)] = answer
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(runs.to_json(line) + "\n")
+
+    def answer(self, task: data.Task, case: data.Case) -> str | None:
+        """The answer to a case, where it is known."""
+        asked = digest(case, task.template.choices)
+        return self.answers.get((task.name, case.row, case.wording, asked))
+
+
+def line_of(task: data.Task, case: data.Case, answer: str) -> dict[str, Any]:
+    """An answer as predictions.jsonl has it."""
+    return {
+        "task": task.name,
+        "row": case.row,
+        "wording": case.wording,
+        "prompt": shown(case),
+        "prediction": answer,
+        "references": list(case.references),
+        "asked": digest(case, task.template.choices),
+    }
+
+
+def write(path: Path, made: Iterable[Mapping[str, Any]]) -> None:
+    """Write lines in their order, in place of those that came as they came."""
+    storage.write(path, "".join(runs.to_json(line) + "\n" for line in made))
+
+
+def _key(line: Mapping[str, Any]) -> Key:
+    return line["task"], line["row"], line["wording"], line["asked"]
+
+
+def _is_ours(line: Mapping[str, Any]) -> bool:
+    return {"task", "row", "wording", "asked", "prediction"} <= set(line)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of ours; one that a kill tore, and what follows it, is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            break
+        if not isinstance(line, dict):
+            break
+        found.append(line)
+    return found

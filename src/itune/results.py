@@ -1,0 +1,199 @@
+"""What an evaluation finds of a task, as scores.json has it: scores, wordings, comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from itune import errors, intervals, recipes, resampling, scoring
+from itune.intervals import Array
+
+CHANGED = 10  # chosen: rows that are listed of those that changed, each way
+PROMPT_START = 200  # chosen: characters
+
+Predictions = Mapping[str, Sequence[scoring.Prediction]]
+Losses = Mapping[str, tuple[str, Array]]
+
+
+@dataclass(frozen=True)
+class Rival:
+    """What a result is compared with: how it is called, its predictions and losses by task."""
+
+    name: str
+    predictions: Predictions
+    losses: Losses
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one task is scored."""
+
+    metrics: Sequence[str]
+    settings: recipes.Evaluation
+    choices: Sequence[str] = ()
+    prompts: Sequence[str] = ()
+    decided: bool = False
+    """Whether answers were picked among the choices, so that each is one of them."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The numbers behind each interval."""
+        return {"confidence": self.settings.confidence, "resamples": self.settings.resamples}
+
+
+def scored(
+    name: str,
+    path: str,
+    rows: Sequence[scoring.Prediction],
+    way: Way,
+    rival: Rival | None,
+) -> dict[str, Any]:
+    """The scores of a task, over its wordings, and against the rival, as scores.json has them."""
+    made: dict[str, Any] = {
+        "data": path,
+        "rows": len({row.row for row in rows}),
+        "scores": _scores(rows, way),
+    }
+    if way.choices and not way.decided:
+        made["unparseable"] = _unparseable(rows, way.choices)
+    wordings: list[dict[str, float]] = []
+    if len(way.prompts) > 1:
+        wordings = scoring.by_wording(rows, way.metrics, choices=way.choices)
+    made["wordings"] = [
+        {"prompt": prompt, "scores": values}
+        for prompt, values in zip(way.prompts, wordings, strict=False)
+    ]
+    if wordings:
+        made["spread"] = _spread(wordings)
+    if rival is not None:
+        if name not in rival.predictions:
+            raise errors.DataError(
+                f"{rival.name}: no predictions for {name}.{errors.nearest(name, rival.predictions)}"
+            )
+        made["against"] = _against(rival.name, rows, rival.predictions[name], way)
+    return made
+
+
+def _scores(rows: Sequence[scoring.Prediction], way: Way) -> dict[str, Any]:
+    found = scoring.score(rows, way.metrics, choices=way.choices, **way.options)
+    details = scoring.details(rows, way.metrics, choices=way.choices)
+    return {
+        key: {**asdict(each), **({"details": details[key]} if key in details else {})}
+        for key, each in found.items()
+    }
+
+
+def _unparseable(
+    rows: Sequence[scoring.Prediction], choices: Sequence[str]
+) -> dict[str, float | int]:
+    """How many answers are none of the choices; they count as wrong."""
+    known = {choice.strip() for choice in choices}
+    count = sum(row.prediction.strip() not in known for row in rows)
+    return {"count": count, "share": count / len(rows)}
+
+
+def _spread(wordings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Of each value over the wordings: mean, worst, best, and how far these two are apart."""
+    spread = {}
+    for key in wordings[0]:
+        values = [each[key] for each in wordings]
+        worst, best = min(values), max(values)
+        if key in scoring.LESS_IS_BETTER:
+            worst, best = best, worst
+        spread[key] = {
+            "mean": sum(values) / len(values),
+            "worst": worst,
+            "best": best,
+            "spread": abs(best - worst),
+        }
+    return spread
+
+
+def _against(
+    name: str,
+    rows: Sequence[scoring.Prediction],
+    theirs: Sequence[scoring.Prediction],
+    way: Way,
+) -> dict[str, Any]:
+    if not name.endswith(".jsonl"):
+        # Rows and wordings of the same data, by construction; prompts may be cut at other places
+        # where the two models read more or less at once.
+        theirs = [replace(row, prompt=None) for row in theirs]
+    options = {"choices": way.choices, **way.options}
+    differences = scoring.compare(rows, theirs, way.metrics, **options)
+    made: dict[str, Any] = {
+        "name": name,
+        "scores": _scores(theirs, way),
+        "difference": {key: asdict(each) for key, each in differences.items()},
+        "changed": _changed(rows, theirs, way),
+    }
+    if way.choices and not way.decided:
+        made["unparseable"] = _unparseable(theirs, way.choices)
+    return made
+
+
+def _changed(
+    rows: Sequence[scoring.Prediction], theirs: Sequence[scoring.Prediction], way: Way
+) -> dict[str, Any]:
+    """The rows that changed most, both ways, and how many did."""
+    key, found = scoring.changes(rows, theirs, way.metrics, choices=way.choices)
+    better = [each for each in found if each.gain > 0]
+    worse = [each for each in found if each.gain < 0]
+    return {
+        "metric": key,
+        "count": {
+            "better": len(better),
+            "worse": len(worse),
+            "same": len(rows) - len(found),
+        },
+        "better": [_shown(each) for each in better[:CHANGED]],
+        "worse": [_shown(each) for each in worse[::-1][:CHANGED]],
+    }
+
+
+def _shown(change: scoring.Change) -> dict[str, Any]:
+    ours = change.ours
+    return {
+        "row": ours.row,
+        "wording": ours.wording,
+        "prompt": None if ours.prompt is None else ours.prompt[:PROMPT_START],
+        "prediction": ours.prediction,
+        "against": change.theirs.prediction,
+        "references": list(ours.references),
+        "gain": change.gain,
+    }
+
+
+def perplexity(name: str, path: str, sums: Array, rival: Rival | None, way: Way) -> dict[str, Any]:
+    """The perplexity of a source of plain text, from the loss and the tokens of each text."""
+    from itune.metrics.perplexity import Perplexity
+
+    metric = Perplexity()
+    made: dict[str, Any] = {"data": path, "rows": len(sums), "wordings": []}
+    scores = resampling.score(metric, sums, **way.options)
+    made["scores"] = {key: asdict(each) for key, each in scores.items()}
+    if rival is not None and name in rival.losses:
+        theirs = rival.losses[name][1]
+        if len(theirs) != len(sums) or (theirs[:, 1] != sums[:, 1]).any():
+            return made  # other tokens: a perplexity a token says nothing there
+        scores = resampling.score(metric, theirs, **way.options)
+        differences = resampling.compare(metric, sums, theirs, **way.options)
+        made["against"] = {
+            "name": rival.name,
+            "scores": {key: asdict(each) for key, each in scores.items()},
+            "difference": {key: asdict(each) for key, each in differences.items()},
+        }
+    return made
+
+
+def adjust(tasks: Mapping[str, Any]) -> None:
+    """Beside each p-value of a difference, that of all tests of the evaluation together (Holm)."""
+    found = {
+        (name, key): difference
+        for name, task in tasks.items()
+        for key, difference in task.get("against", {}).get("difference", {}).items()
+    }
+    together = intervals.holm({place: each["p_value"] for place, each in found.items()})
+    for place, each in found.items():
+        each["p_holm"] = together[place]

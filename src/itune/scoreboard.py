@@ -1,0 +1,128 @@
+"""What `itune eval` shows: tables that fit in 80 columns, and what must be said beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """A line above, columns and rows, and lines below."""
+
+    title: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+
+def tables(result: Mapping[str, Any], confidence: float) -> Iterator[Table]:
+    """For each task its scores, the differences, and the spread over wordings."""
+    interval = f"{confidence * 100:g} % interval"
+    tests = sum(len(t.get("against", {}).get("difference", {})) for t in result["tasks"].values())
+    for name, task in result["tasks"].items():
+        yield _scores(name, task, interval)
+        if "against" in task:
+            yield _differences(task["against"], interval, tests)
+        if "spread" in task:
+            yield _spread(task["spread"], len(task["wordings"]))
+    if tests > 1:
+        note = (
+            f"p (Holm): p as it counts among all {tests} tests above; below 0.05 for all that may",
+            "be called different, with one chance in 20 at most that any of them is not.",
+        )
+        yield Table("", notes=note)
+
+
+def _scores(name: str, task: Mapping[str, Any], interval: str) -> Table:
+    wordings = f" in {len(task['wordings'])} wordings" if len(task["wordings"]) > 1 else ""
+    rows = "1 row" if task["rows"] == 1 else f"{task['rows']:,} rows"
+    columns = ["metric", "score", interval]
+    other = task.get("against")
+    if other is not None:
+        columns += [_called(other["name"]), interval]
+    cells = []
+    for key, score in task["scores"].items():
+        cells.append([key, number(score["value"]), bounds(score)])
+        if other is not None:
+            theirs = other["scores"][key]
+            cells[-1] += [number(theirs["value"]), bounds(theirs)]
+    notes = [] if other is None else _odd(other, f"{_called(other['name'])}: ")
+    notes = [*_odd(task, ""), *notes, *_leaked(task)]
+    return Table(f"{name}: {rows}{wordings}", columns, cells, notes)
+
+
+def _leaked(task: Mapping[str, Any]) -> list[str]:
+    """A line about held-out rows that were trained on, where there are any."""
+    counts = task.get("contamination")
+    if not counts or not any(counts.values()):
+        return []
+    return [
+        f"also in the training data: {counts['exact']:,} rows whole, "
+        f"{counts['ngram']:,} more by a passage of 13 words"
+    ]
+
+
+def _odd(task: Mapping[str, Any], whose: str) -> list[str]:
+    """A line about answers that are none of the choices, where there are any."""
+    odd = task.get("unparseable")
+    if not odd or not odd["count"]:
+        return []
+    return [
+        f"{whose}{odd['count']:,} answers ({odd['share']:.1%}) are none of the choices; "
+        "they count as wrong"
+    ]
+
+
+def _differences(against: Mapping[str, Any], interval: str, tests: int) -> Table:
+    columns = ["metric", "difference", interval, "p"] + (["p (Holm)"] if tests > 1 else [])
+    rows = []
+    for key, gain in against["difference"].items():
+        rows.append([key, f"{gain['value']:+{_digits(gain['value'])}}", bounds(gain)])
+        rows[-1].append(chance(gain["p_value"]))
+        if tests > 1:
+            rows[-1].append(chance(gain["p_holm"]))
+    return Table(f"against {against['name']}", columns, rows, _counted(against))
+
+
+def _counted(against: Mapping[str, Any]) -> list[str]:
+    """A line about the rows that changed, for a task of predictions."""
+    changed = against.get("changed")
+    if not changed or not changed["metric"]:
+        return []
+    count = changed["count"]
+    return [
+        f"answers by {changed['metric']}: {count['better']:,} better, {count['worse']:,} worse, "
+        f"{count['same']:,} the same"
+    ]
+
+
+def _spread(spread: Mapping[str, Any], wordings: int) -> Table:
+    columns = ["metric", "mean", "worst", "best", "spread"]
+    rows = [[key, *(number(each[part]) for part in columns[1:])] for key, each in spread.items()]
+    return Table(f"over {wordings} wordings", columns, rows)
+
+
+def _called(name: str) -> str:
+    """A rival's name as a column's: the base, or the other one."""
+    return "base" if name == "base" else "other"
+
+
+def number(value: float) -> str:
+    """A value with the digits that say something beside its interval."""
+    return f"{value:{_digits(value)}}"
+
+
+def _digits(value: float) -> str:
+    return ".3f" if abs(value) < 10 else ".2f" if abs(value) < 1000 else ",.0f"
+
+
+def bounds(score: Mapping[str, float]) -> str:
+    """An interval."""
+    return f"[{number(score['low'])}, {number(score['high'])}]"
+
+
+def chance(p_value: float) -> str:
+    """A p-value: three digits."""
+    return f"{p_value:.3f}" if p_value >= 0.001 else f"{p_value:.1e}"

@@ -1,0 +1,418 @@
+"""`itune eval`: answers are kept and used again, compared in pairs, and shown in 80 columns."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_commands import world, write
+
+from itune import answering, commands, decoding, likelihoods, models
+
+RECIPE = """
+model: {{name: {base}}}
+data:
+  train:
+    - {{path: moods.jsonl, template: ./mood.yaml}}
+    - {{path: places.jsonl, template: ./place.yaml}}
+  eval:
+    - {{path: moods.jsonl, template: ./mood.yaml, limit: 6}}
+    - {{path: places.jsonl, template: ./place.yaml, limit: 5}}
+training:
+  {{max_steps: 2, tokens_per_step: 300, max_length: 96, heldout_rows: 0, learning_rate: 0.02}}
+generation: {{max_new_tokens: 4}}
+evaluation: {{resamples: 50}}
+"""
+LORA = "adapter: {peft_type: lora, r: 4, lora_alpha: 32, target_modules: all-linear}\n"
+DATA = ("moods.jsonl", "places.jsonl", "text.jsonl", "mood.yaml", "place.yaml")
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder with two finished runs: runs/lora, and runs/full without an adapter."""
+    folder, before = tmp_path_factory.mktemp("judged"), Path.cwd()
+    world(folder)
+    os.chdir(folder)
+    try:
+        for name, adapter in (("full", ""), ("lora", LORA)):
+            Path(f"{name}.yaml").write_text(RECIPE.format(base=tiny_model_dir) + adapter)
+            commands.train("tune", commands.Common(f"{name}.yaml", quiet=True, json=False), [])
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of it, where the test runs."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done so far: `load` for a model, `generate` and `choose` for each prompt."""
+    seen: list[str] = []
+    load, generate, choose = models.load, decoding.generate, likelihoods.choose
+
+    def loading(*arguments: Any, **options: Any) -> Any:
+        seen.append("load")
+        return load(*arguments, **options)
+
+    def generating(model: Any, encoder: Any, prompts: Any, *rest: Any) -> Any:
+        seen.extend(["generate"] * len(prompts))
+        return generate(model, encoder, prompts, *rest)
+
+    def choosing(model: Any, encoder: Any, prompts: Any, choices: Any, **options: Any) -> Any:
+        seen.extend(["choose"] * len(prompts))
+        return choose(model, encoder, prompts, choices, **options)
+
+    monkeypatch.setattr(models, "load", loading)
+    monkeypatch.setattr(decoding, "generate", generating)
+    monkeypatch.setattr(likelihoods, "choose", choosing)
+    return seen
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines():
+        yield json.loads(line)
+
+
+def result(ended: Any) -> dict[str, Any]:
+    assert ended.code == 0, ended.err
+    found: dict[str, Any] = json.loads(ended.out)
+    return found
+
+
+NO_TEXT = ("-s", "data.eval=[{path: moods.jsonl, template: ./mood.yaml, limit: 6}]")
+ALL = (
+    "-s",
+    "data.eval=[{path: moods.jsonl, template: ./mood.yaml, limit: 6}, "
+    "{path: places.jsonl, template: ./place.yaml, limit: 5}, {path: text.jsonl, limit: 4}]",
+)
+PLACES = ("-s", "data.eval=[{path: places.jsonl, template: ./place.yaml, limit: 5}]")
+
+
+# --- kept answers ---
+
+
+def test_a_second_metric_costs_no_answer(folder: Path, cli: Cli, asked: list[str]) -> None:
+    run = ("eval", "--run", "runs/lora", *PLACES)
+    first = result(cli(*run, "--json"))
+    assert asked == ["load", *["generate"] * 5]
+    asked.clear()
+    again = cli(*run, "--metric", "chrf", "--metric", "squad")
+    assert again.code == 0, again.err
+    assert asked == []
+    assert "place: 5 of 5 answers are kept in runs/lora/evals/all/predictions.jsonl" in again.err
+    kept = json.loads((folder / "runs/lora/evals/all/scores.json").read_text())["tasks"]["place"]
+    assert set(kept["scores"]) == {"chrf", "squad_em", "squad_f1"}
+    assert kept["scores"]["squad_f1"] == first["tasks"]["place"]["scores"]["squad_f1"]
+
+
+@pytest.mark.parametrize("option", ["generation.max_new_tokens=3", "evaluation.decide=generate"])
+def test_other_settings_ask_anew(option: str, folder: Path, cli: Cli, asked: list[str]) -> None:
+    run = ("eval", "--run", "runs/lora", "-o", "kept", *NO_TEXT, "--metric", "accuracy")
+    result(cli(*run, "--json"))
+    asked.clear()
+    other = cli(*run, "-s", option)
+    assert len(asked) == 1 + 12
+    changed = "generation" if "generation" in option else "decide"
+    assert f"answers by another {changed}; asked anew" in other.err
+    lines = list(read(folder / "kept/predictions.jsonl"))
+    assert len(lines) == 12
+
+
+def test_other_weights_or_another_prompt_ask_anew(folder: Path, cli: Cli, asked: list[str]) -> None:
+    run = ("eval", "--run", "runs/lora", *PLACES)
+    result(cli(*run, "--json"))
+    asked.clear()
+    rows = list(read(folder / "places.jsonl"))
+    rows[2]["text"] = "Eve is in the cellar."
+    write(folder / "places.jsonl", rows)
+    result(cli(*run, "--json"))
+    assert asked == ["load", "generate"], "one row alone was asked otherwise"
+    asked.clear()
+    os.utime(folder / "runs/lora/model/adapter_model.safetensors", (1, 1))
+    assert "answers by another model; asked anew" in cli(*run).err
+    assert asked == ["load", *["generate"] * 5]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(
+    folder: Path, cli: Cli, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ("eval", "--run", "runs/lora", *PLACES)
+    whole = result(cli(*run, "-o", "whole", "--json"))
+    monkeypatch.setattr(decoding, "BATCH_ROWS", 2)
+    generate = decoding.generate
+
+    def dying(model: Any, encoder: Any, prompts: Any, wanted: Any, done: Any) -> Any:
+        def told(place: int, completion: Any) -> None:
+            done(place, completion)
+            if len(list(read(folder / "runs/lora/evals/all/predictions.jsonl"))) == 3:
+                raise KeyboardInterrupt
+
+        return generate(model, encoder, prompts, wanted, told)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "generate", dying)
+        stopped = cli(*run)
+    assert stopped.code == 75
+    assert "place: stopped; 3 answers are kept in runs/lora/evals/all" in stopped.err
+    assert "Run the same command again" in stopped.err
+    path = folder / "runs/lora/evals/all/predictions.jsonl"
+    with path.open("a") as file:
+        file.write('{"task": "place", "row": 4, "predic')  # torn by the kill
+    asked.clear()
+    again = cli(*run, "--json")
+    assert asked == ["load", "generate", "generate"]
+    assert result(again)["tasks"] == whole["tasks"]
+    assert path.read_text() == (folder / "whole/predictions.jsonl").read_text()
+
+
+def test_a_long_evaluation_says_how_far_it_is(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answering, "SAID_EVERY", 0.0)
+    said = cli("eval", "--run", "runs/lora", *PLACES).err
+    assert "place: 4 of 5 answers, 0 min left" in said
+    assert "5 of 5" not in said
+
+
+def test_answers_drawn_at_random_are_kept_whole_or_not_at_all(
+    folder: Path, cli: Cli, asked: list[str]
+) -> None:
+    run = ("eval", "--run", "runs/lora", "-s", "generation.temperature=1.5", *PLACES)
+    result(cli(*run, "--json"))
+    path = folder / "runs/lora/evals/all/predictions.jsonl"
+    whole = path.read_text()
+    asked.clear()
+    result(cli(*run, "--json"))
+    assert asked == []
+    path.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    result(cli(*run, "--json"))
+    assert asked == ["load", *["generate"] * 5]
+    assert path.read_text() == whole, "the seed gives the same answers"
+
+
+# --- against ---
+
+
+def test_the_base_of_an_adapter_is_the_same_loaded_model(
+    folder: Path, cli: Cli, asked: list[str]
+) -> None:
+    found = result(cli("eval", "--run", "runs/lora", "--against", "base", *ALL, "--json"))
+    assert asked.count("load") == 1
+    assert asked.count("generate") == 2 * 5
+    base = json.loads((folder / "runs/lora/run.json").read_text())["base"]
+    alone = result(cli("eval", "--model", base, "-r", "lora.yaml", *ALL, "--json"))
+    for task in ("mood", "place", "text"):
+        theirs = found["tasks"][task]["against"]["scores"]
+        assert theirs == alone["tasks"][task]["scores"], task
+    tuned = result(cli("eval", "--run", "runs/lora", "-o", "other", *ALL, "--json"))
+    for task in ("mood", "place", "text"):
+        assert found["tasks"][task]["scores"] == tuned["tasks"][task]["scores"], task
+    text = found["tasks"]["text"]
+    gap = text["scores"]["perplexity"]["value"] - text["against"]["scores"]["perplexity"]["value"]
+    assert text["against"]["difference"]["perplexity"]["value"] == pytest.approx(gap)
+    assert gap != 0, "two steps of training change something"
+    asked.clear()
+    assert cli("eval", "--run", "runs/lora", "--against", "base", *PLACES).code == 0
+    assert asked == [], "both models' answers are kept"
+
+
+def test_the_base_of_a_wholly_tuned_model_is_loaded_after_it(
+    folder: Path, cli: Cli, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = models.load
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(each() is not None for each in loaded))
+        model = load(*arguments, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models, "load", counting)
+    run = ("eval", "--run", "runs/full", "--against", "base", *NO_TEXT, "--json")
+    found = result(cli(*run))["tasks"]["mood"]
+    assert alive == [0, 0], "the tuned model was let go of first"
+    assert set(found["against"]) == {"name", "scores", "difference", "changed"}
+    count = found["against"]["changed"]["count"]
+    assert sum(count.values()) == 12
+
+
+def test_rows_that_changed_are_listed_both_ways(folder: Path, cli: Cli) -> None:
+    ours = ["the hall", "the attic", "x", "the garden"]
+    theirs = ["the hall", "no", "the hall", "garden"]
+    golds = ["the hall", "the attic", "the hall", "the garden"]
+    for name, said in (("ours", ours), ("theirs", theirs)):
+        rows = [
+            {"prompt": f"Where is {i}?", "prediction": text, "reference": gold}
+            for i, (text, gold) in enumerate(zip(said, golds, strict=True))
+        ]
+        write(folder / f"{name}.jsonl", rows)
+    run = ("eval", "--predictions", "ours.jsonl", "--against", "theirs.jsonl")
+    found = result(cli(*run, "--metric", "rougeL", "--metric", "exact_match", "--json"))
+    against = found["tasks"]["predictions"]["against"]
+    changed = against["changed"]
+    assert changed["metric"] == "rougeL"
+    assert changed["count"] == {"better": 2, "worse": 1, "same": 1}
+    assert [row["row"] for row in changed["better"]] == [2, 4], "rows are lines here; most first"
+    assert changed["worse"] == [
+        {
+            "row": 3,
+            "wording": 0,
+            "prompt": "Where is 2?",
+            "prediction": "x",
+            "against": "the hall",
+            "references": ["the hall"],
+            "gain": -1.0,
+        }
+    ]
+    shown = cli(*run, "--metric", "rougeL", "--metric", "exact_match").out
+    assert "answers by rougeL: 2 better, 1 worse, 1 the same" in shown
+    tests = against["difference"].values()
+    assert len(tests) == 2
+    assert all(each["p_holm"] == min(1, 2 * each["p_value"]) for each in tests)
+    assert "p (Holm)" in shown
+    assert "p (Holm)" not in cli(*run, "--metric", "rougeL").out, "one test needs no correction"
+
+
+def test_a_file_that_was_asked_something_else_is_refused(folder: Path, cli: Cli) -> None:
+    run = ("eval", "--run", "runs/lora", *PLACES)
+    result(cli(*run, "--json"))
+    lines = list(read(folder / "runs/lora/evals/all/predictions.jsonl"))
+    write(folder / "same.jsonl", lines)
+    same = cli(*run, "--against", "same.jsonl", "--json")
+    assert result(same)["tasks"]["place"]["against"]["changed"]["count"]["same"] == 5
+    lines[1]["prompt"] += " Say it in French."
+    write(folder / "other.jsonl", lines)
+    refused = cli(*run, "--against", "other.jsonl")
+    assert refused.code == 2
+    assert "row 1 in wording 0 was asked otherwise" in refused.err
+    assert "Say it in French" in refused.err
+
+
+def test_files_of_several_tasks_are_scored_task_by_task(folder: Path, cli: Cli) -> None:
+    rows = [
+        {"task": task, "row": row, "prediction": "yes", "reference": gold}
+        for task, gold in (("one", "yes"), ("two", "no"))
+        for row in range(3)
+    ]
+    write(folder / "p.jsonl", rows)
+    found = result(cli("eval", "--predictions", "p.jsonl", "--metric", "accuracy", "--json"))
+    values = {name: task["scores"]["accuracy"]["value"] for name, task in found["tasks"].items()}
+    assert values == {"one": 1.0, "two": 0.0}
+    for bad, message in (('"row": "x"', "row: expected a whole number"), ("", "0 rows")):
+        text = f'{{"prediction": "a", "reference": "b", {bad}}}\n' if bad else "\n"
+        (folder / "bad.jsonl").write_text(text)
+        ended = cli("eval", "--predictions", "bad.jsonl", "--metric", "accuracy")
+        assert ended.code == 2
+        assert message in ended.err
+
+
+# --- choices, wordings, classes ---
+
+
+def test_answers_that_are_no_choice_are_wrong_and_counted(folder: Path, cli: Cli) -> None:
+    run = ("eval", "--run", "runs/lora", "-s", "evaluation.decide=generate", *NO_TEXT)
+    found = result(cli(*run, "--json"))["tasks"]["mood"]
+    lines = list(read(folder / "runs/lora/evals/generate/predictions.jsonl"))
+    odd = sum(line["prediction"] not in ("sad", "glad") for line in lines)
+    assert odd > 0, "a model after two steps writes nonsense"
+    assert found["unparseable"] == {"count": odd, "share": odd / 12}
+    right = sum(line["prediction"] in line["references"] for line in lines)
+    assert found["scores"]["accuracy"]["value"] == right / 12
+    assert f"{odd} answers ({odd / 12:.1%}) are none of the choices" in cli(*run).out
+    picked = cli("eval", "--run", "runs/lora", *NO_TEXT)
+    assert "none of the choices" not in picked.out
+
+
+def test_f1_tells_of_each_class(folder: Path, cli: Cli) -> None:
+    found = result(cli("eval", "--run", "runs/lora", *NO_TEXT, "--json"))["tasks"]["mood"]
+    details = found["scores"]["f1"]["details"]
+    assert set(details["classes"]) == {"glad", "sad"}
+    assert sum(each["rows"] for each in details["classes"].values()) == 12
+    assert details["micro"] == pytest.approx(found["scores"]["accuracy"]["value"])
+    assert sum(map(sum, details["confusion"]["counts"])) == 12
+    assert "details" not in found["scores"]["accuracy"]
+
+
+def test_wordings_are_scored_apart_and_their_spread_is_shown(folder: Path, cli: Cli) -> None:
+    run = ("eval", "--run", "runs/lora", *NO_TEXT)
+    ended = cli(*run, "--metric", "accuracy", "--metric", "ter", "--json")
+    found = result(ended)["tasks"]["mood"]
+    each = [wording["scores"] for wording in found["wordings"]]
+    for key, best in (("accuracy", max), ("ter", min)):
+        values = [scores[key] for scores in each]
+        spread = found["spread"][key]
+        assert spread["best"] == best(values)
+        assert spread["spread"] == pytest.approx(max(values) - min(values))
+        assert spread["mean"] == pytest.approx(sum(values) / 2)
+    assert "over 2 wordings" in cli(*run).out
+    for given in ("first", "1"):
+        first = result(cli(*run, "--wordings", given, "--json"))["tasks"]["mood"]
+        assert first["wordings"] == []
+        assert first["rows"] == 6
+    assert len(list(read(folder / "runs/lora/evals/wordings-1/predictions.jsonl"))) == 6
+    for given in ("0", "last"):
+        ended = cli(*run, "--wordings", given)
+        assert ended.code == 2
+        assert "--wordings: expected all, first, or a number" in ended.err
+
+
+def test_what_cannot_be_scored_is_said_before_anything_is_asked(
+    folder: Path, cli: Cli, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list(read(folder / "places.jsonl"))
+    for row in rows:
+        row["answers"]["text"] = ["とても良い天気です"]
+    write(folder / "places.jsonl", rows)
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_ja_mecab.MeCab", None)
+    ended = cli("eval", "--run", "runs/lora", "--metric", "bleu", *PLACES)
+    assert ended.code == 2
+    assert "sacrebleu[ja]" in ended.err
+    assert asked == []
+
+
+# --- tables ---
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_tables_fit_in_80_columns(
+    columns: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    names = ["matthews_correlation", "f1", "ter", "bleu", "rouge", "squad"]
+    run = ["eval", "--run", "runs/lora", "--against", "base", *ALL]
+    ended = cli(*run, *[part for name in names for part in ("--metric", name)])
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    heads = [line.split() for line in lines if line.startswith("metric")]
+    assert ["metric", "difference", "95", "%", "interval", "p", "p", "(Holm)"] in heads
+    for name in ("matthews_correlation", "rougeLsum", "squad_em", "perplexity"):
+        assert sum(line.startswith(f"{name} ") for line in lines) >= 2
+
+
+def test_shots_have_answers_of_their_own(folder: Path, cli: Cli, asked: list[str]) -> None:
+    run = ("eval", "--run", "runs/lora", *PLACES)
+    result(cli(*run, "--json"))
+    found = result(cli(*run, "--shots", "2", "--limit", "3", "--json"))
+    assert found["tasks"]["place"]["rows"] == 3
+    lines = list(read(folder / "runs/lora/evals/first-3-shots-2/predictions.jsonl"))
+    assert len(lines) == 3
+    assert all(line["prompt"].count("Where?") == 3 for line in lines)
+    assert asked.count("generate") == 5 + 3
+    by_recipe = cli(*run, "--limit", "3", "-s", "evaluation.shots=2")
+    assert "3 of 3 answers are kept" in by_recipe.err

@@ -108,11 +108,21 @@ def _opened(
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, batches, data, encoding, models, training
+    from itune import (
+        adapters,
+        batches,
+        data,
+        encoding,
+        jobs,
+        models,
+        plans,
+        probing,
+        training,
+    )
 
     _still()
     place = models.placement(recipe.model)
-    accelerator = training.accelerator(recipe, place)
+    accelerator = jobs.accelerator(recipe, place)
     launching.check(accelerator)
     settings = recipe.training
     with accelerator.main_process_first():
@@ -128,27 +138,30 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     model = adapters.attach(model, recipe.adapter, base=base, seed=settings.seed)
     kernel = model.config._attn_implementation
-    padded = models.pack(model) if settings.packing else "training.packing is off"
-    if padded:
-        screen.say(f"padding: {padded}")
+    path = probing.choose(
+        model,
+        int(corpus.lengths.max()),
+        packing=settings.packing,
+        autocast=accelerator.autocast,
+    )
+    screen.say(path.why)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     total, trainable = models.count(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
-    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
-    plan = batches.plan(
+    plan = plans.plan(
         lambda epoch: corpus.epoch(epoch, settings.seed),
         corpus.lengths,
         corpus.targets,
         tokens_per_step=settings.tokens_per_step,
-        micro_batch_tokens=micro,
+        micro_batch_tokens=settings.micro_batch_tokens
+        or min(settings.tokens_per_step, batches.MICRO_TOKENS),
         epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,
         world=accelerator.num_processes,
-        padded=padded is not None,
+        padded=path.padded,
     )
-    collate = batches.packed if padded is None else batches.padder(tokenizer.pad_token_id)
-    job = training.Job(model, corpus, heldout, plan, collate, micro)
+    job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
     if accelerator.is_main_process:
         run.update(
             state="running",
@@ -157,7 +170,8 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             processes=accelerator.num_processes,
             parameters=total,
             trainable=trainable,
-            packed=padded is None,
+            packed=not path.padded,
+            path=asdict(path),
             data={"train": asdict(corpus.counts)},
             steps=len(plan),
         )

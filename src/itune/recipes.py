@@ -22,6 +22,8 @@ UNDECIDING = (
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
+    "training.row_losses",
+    "training.profile",
 )
 
 
@@ -190,6 +192,10 @@ class Training(Record):
     """Tokens of the longest example; a longer prompt is cut, an answer never."""
     packing: Flag = True
     """Put several examples in one row of the batch, hidden from each other."""
+    row_losses: Flag = False
+    """Write each training row's mean loss at every visit to `row_losses.jsonl`; changes nothing."""
+    profile: Flag = False
+    """Show where the time went, and write `trace.json` for Perfetto; changes nothing."""
     train_on: Literal["assistant", "last"] = "assistant"
     """Which answers of a conversation are learned: every one, or the last."""
 

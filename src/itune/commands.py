@@ -146,7 +146,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     )
     screen.say(path.why)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        models.recompute(model)
     total, trainable = models.count(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     plan = plans.plan(

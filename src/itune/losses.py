@@ -36,7 +36,7 @@ def summed(
     head: str | None = None,
     each: Each | None = None,
 ) -> torch.Tensor:
-    """Summed next-token cross-entropy in nats over the batch's targets, a float32 scalar.
+    """Summed next-token cross-entropy in nats over the batch's targets, a float32 scalar or better.
 
     Whoever calls divides by the count of the whole optimiser step (transformers #34191): a mean
     of means would weigh a token by its micro-batch. A batch without targets gives 0.
@@ -52,8 +52,13 @@ def summed(
     logits = _kept(model, batch) if head == KEPT else _full(model, batch)
     if each is not None:
         with torch.no_grad():
-            each.append(F.cross_entropy(logits.float(), batch.wanted, reduction="none"))
-    return F.cross_entropy(logits.float(), batch.wanted, reduction="sum")
+            each.append(F.cross_entropy(precise(logits), batch.wanted, reduction="none"))
+    return F.cross_entropy(precise(logits), batch.wanted, reduction="sum")
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """The same in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _full(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
@@ -105,11 +110,11 @@ def _losing(layer: Any, batch: batches.Batch, each: Each | None) -> Iterator[Non
         states, weight, bias = _same_dtype(hidden, layer.weight, layer.bias)
         if not len(batch.places):
             # In the graph all the same: every rank must have every gradient.
-            return ((states.sum() + weight.sum()) * 0.0).float().reshape(1, 1, 1)
+            return precise((states.sum() + weight.sum()) * 0.0).reshape(1, 1, 1)
         states = states.reshape(-1, states.shape[-1]).index_select(0, batch.places)
         if each is not None:
             each.append(_apart(states, weight, bias, batch.wanted))
-        return head_loss(states, weight, bias, batch.wanted).float().reshape(1, 1, 1)
+        return precise(head_loss(states, weight, bias, batch.wanted)).reshape(1, 1, 1)
 
     before = vars(layer).get("forward")
     layer.forward = forward
@@ -163,7 +168,7 @@ def _apart(
     with torch.no_grad():
         return torch.cat(
             [
-                F.cross_entropy(F.linear(h, weight, bias).float(), y, reduction="none")
+                F.cross_entropy(precise(F.linear(h, weight, bias)), y, reduction="none")
                 for h, y in zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
             ]
         )
@@ -182,7 +187,7 @@ class Chunked(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         """Sum the loss over chunks and keep the gradients of what asks for one."""
-        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        total = precise(states.new_zeros(()))
         inputs = (states, weight, bias)
         grads = [
             torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -193,7 +198,7 @@ class Chunked(torch.autograd.Function):
         for start in range(0, len(states), chunk):
             part, target = states[start : start + chunk], wanted[start : start + chunk, None]
             logits = F.linear(part, weight, bias)
-            shares = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            shares = precise(logits)
             total += (torch.logsumexp(shares, 1, keepdim=True) - shares.gather(1, target)).sum()
             if not any(g is not None for g in grads):
                 continue

@@ -372,6 +372,13 @@ def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
         )
 
 
+def recompute(model: Any) -> None:
+    """Have the model compute its activations again in the backward pass instead of keeping them."""
+    # transformers 5.22 and later have another name for it, and warn of the old one.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def count(model: Any) -> tuple[int, int]:
     """(parameters, trainable parameters), shared ones counted once."""
     parameters = list(model.parameters())

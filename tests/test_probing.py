@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 import transformers
 from conftest import tiny_model
 
-from itune import attention, losses, probing
+from itune import attention, batches, losses, probing
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 USUAL = {
@@ -172,6 +174,35 @@ def test_a_model_in_16_bits_packs_and_a_leak_in_it_is_found(
     monkeypatch.setattr(attention, "_one_by_one", lambda q, *_: torch.zeros_like(q.transpose(1, 2)))
     monkeypatch.setattr(attention, "_WASTE", 0.0)
     assert probing.choose(made("opt").bfloat16(), 64).layout == probing.PADDING
+
+
+def test_float32_is_held_to_float32_whatever_wraps_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Padding that is off by 2e-3 would pass as noise in 16 bits, and so would packing."""
+    real = batches.padded
+
+    def shifted(*arguments: Any) -> batches.Batch:
+        made = real(*arguments)
+        return dataclasses.replace(made, positions=made.positions * 3)
+
+    monkeypatch.setattr(batches, "padded", shifted)
+
+    @contextlib.contextmanager
+    def plain() -> Any:
+        yield
+
+    path = probing.choose(made("llama"), 64, autocast=plain)
+    assert "padding itself: off by" in path.why
+
+    @contextlib.contextmanager
+    def mixed() -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+
+    monkeypatch.undo()
+    path = probing.choose(made("llama"), 64, autocast=mixed)
+    assert (path.layout, path.head) == (probing.ROWS, losses.TARGETS), path.why
 
 
 def test_the_probe_leaves_nothing_behind() -> None:

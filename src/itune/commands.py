@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from itune import console, errors, launching, recipes, runs, templates
 
 if TYPE_CHECKING:
-    from itune import data, encoding, models
+    from itune import data, encoding, models, plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,10 @@ def _opened(
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
     from itune import (
         adapters,
-        batches,
         data,
         encoding,
         jobs,
         models,
-        plans,
         probing,
         training,
     )
@@ -149,18 +147,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         models.recompute(model)
     total, trainable = models.count(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
-    plan = plans.plan(
-        lambda epoch: corpus.epoch(epoch, settings.seed),
-        corpus.lengths,
-        corpus.targets,
-        tokens_per_step=settings.tokens_per_step,
-        micro_batch_tokens=settings.micro_batch_tokens
-        or min(settings.tokens_per_step, batches.MICRO_TOKENS),
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        world=accelerator.num_processes,
-        padded=path.padded,
-    )
+    plan = _planned(settings, corpus, world=accelerator.num_processes, padded=path.padded)
     job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
     if accelerator.is_main_process:
         run.update(
@@ -181,6 +168,25 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
         _finish(recipe, run, model, encoder, outcome, screen)
     accelerator.wait_for_everyone()
+
+
+def _planned(
+    settings: recipes.Training, corpus: data.Corpus, *, world: int, padded: bool
+) -> plans.Plan:
+    from itune import batches, plans
+
+    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
+    return plans.plan(
+        lambda epoch: corpus.epoch(epoch, settings.seed),
+        corpus.lengths,
+        corpus.targets,
+        tokens_per_step=settings.tokens_per_step,
+        micro_batch_tokens=micro,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        world=world,
+        padded=padded,
+    )
 
 
 def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None) -> Any:

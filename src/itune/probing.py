@@ -143,9 +143,15 @@ class _Probe:
         self.device = next(model.parameters()).device
         self.alone = self._alone()
         self.tolerance = EXACT
-        if model.dtype != torch.float32 or not isinstance(autocast(), contextlib.nullcontext):
+        if self._rounds():
             noise = self._difference(self._seen(PADDING, losses.FULL))
             self.tolerance = min(ROUNDED, max(EXACT, 4 * noise))
+
+    def _rounds(self) -> bool:
+        """Whether anything is computed in fewer bits than float32 has."""
+        with self.autocast():
+            mixed = torch.is_autocast_enabled(self.device.type)
+        return mixed or torch.finfo(self.model.dtype).bits < 32
 
     def against(self, layout: str, head: str) -> str | None:
         """None if a way gives what the rows give alone, else how it fails, in a few words."""

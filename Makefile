@@ -9,7 +9,7 @@ JOBS   ?= 2
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET) $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup quickstart test slow lint check size build clean
+.PHONY: help setup quickstart test faults slow lint check size bench build clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ quickstart: setup  ## make data, pretrain, tune, score and ask, from nothing, wi
 test: setup  ## the tests that a change must pass: under five minutes on two cores
 	$(PYTEST) -m "not slow and not gpu"
 
+faults: setup  ## kills, faults of the disk, signals: what no run may be spoilt by
+	$(PYTEST) tests/faults
+
 slow: setup  ## all tests but those that need a GPU (for these: pytest -m gpu)
 	$(PYTEST) -m "not gpu"
 
@@ -48,6 +51,9 @@ check: lint test  ## lint, then test: what .ci/run begins with
 size: setup  ## lengths of files and functions, and what nobody calls
 	@$(BIN)/python .ci/size.py src/itune
 	@$(BIN)/vulture src/itune --min-confidence 80 || true
+
+bench: setup  ## itune against its peers on one workload, some minutes; BENCH="--venv trl=DIR" adds TRL
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -1,54 +1,48 @@
-"""The plan of steps: every row once an epoch, full steps, the same whatever the number of ranks."""
+"""Micro-batches as tensors: targets where they are predicted, padded and packed alike."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
+import torch
 
-from itune import batches
-
-LENGTHS = np.random.default_rng(0).integers(3, 60, 200)
-TARGETS = LENGTHS // 2
+from itune import batches, data, encoding
 
 
-def plan(**changes: object) -> batches.Plan:
-    options: dict[str, object] = {
-        "tokens_per_step": 400,
-        "micro_batch_tokens": 150,
-        "epochs": 2,
-        **changes,
-    }
-    return batches.plan(lambda _epoch: np.arange(200), LENGTHS, TARGETS, **options)  # type: ignore[arg-type]
+def corpus() -> data.Corpus:
+    return data.from_tokens(
+        [
+            encoding.Tokens([10, 11, 12, 13], [False, False, True, True]),
+            encoding.Tokens([20], [True]),
+            encoding.Tokens([30, 31, 32], [False, True, False]),
+        ]
+    )
 
 
-def rows(made: batches.Plan) -> list[int]:
-    return [int(r) for step in made.steps for rank in step.ranks for part in rank for r in part]
+def test_packed_rows_restart_their_positions_and_never_predict_the_next_row() -> None:
+    batch = batches.packed(corpus(), np.arange(3))
+    assert batch.ids.tolist() == [[10, 11, 12, 13, 20, 30, 31, 32]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
+    assert batch.places.tolist() == [1, 2, 5]
+    assert batch.wanted.tolist() == [12, 13, 31]
+    assert batch.owners().tolist() == [0, 0, 2]
+    assert batch.segments is not None
+    assert batch.segments.bounds.tolist() == [0, 4, 5, 8]
+    x = torch.arange(8)
+    spread = x[batch.segments.gather].reshape(-1)
+    assert torch.equal(spread[batch.segments.scatter], x)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_row_is_seen_once_an_epoch(world: int) -> None:
-    assert sorted(rows(plan(world=world))) == sorted([*range(200)] * 2)
+def test_padded_rows_have_the_same_targets() -> None:
+    batch = batches.padded(corpus(), np.arange(3), pad_id=7)
+    assert batch.ids.tolist() == [[10, 11, 12, 13], [20, 7, 7, 7], [30, 31, 32, 7]]
+    assert batch.mask is not None
+    assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]
+    assert batch.wanted.tolist() == [12, 13, 31]
+    assert batch.owners().tolist() == [0, 0, 2]
+    assert torch.equal(batch.targets.reshape(-1)[batch.places], batch.wanted)
 
 
-def test_the_number_of_processes_does_not_change_what_a_step_sees() -> None:
-    one, three = plan(), plan(world=3)
-    assert len(one) == len(three)
-    for a, b in zip(one.steps, three.steps, strict=True):
-        assert (a.targets, a.tokens) == (b.targets, b.tokens)
-
-
-def test_steps_and_micro_batches_keep_their_limits() -> None:
-    for step in plan().steps:
-        assert step.tokens <= 400
-        for part in step.ranks[0]:
-            assert LENGTHS[part].sum() <= 150 or len(part) == 1
-    for step in plan(padded=True).steps:
-        for part in step.ranks[0]:
-            assert LENGTHS[part].max() * len(part) <= 150 or len(part) == 1
-
-
-def test_max_steps_and_parts_of_epochs() -> None:
-    assert len(plan(max_steps=3)) == 3
-    assert len(plan(max_steps=100)) == 100
-    assert len(rows(plan(epochs=0.5))) == 100
-    assert plan(epochs=1.5).steps[-1].epoch == pytest.approx(1.5, abs=0.01)
+def test_a_row_without_a_target() -> None:
+    batch = batches.packed(corpus(), np.array([1]))
+    assert batch.wanted.tolist() == []
+    assert batch.owners().tolist() == []

@@ -284,31 +284,6 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(
-    tmp_path: Path, itune: Callable[..., Any], tiny_model_dir: Path
-) -> None:
-    world(tmp_path)
-    line = ["tune", "-r", "tune.yaml", "-s", f"model.name={tiny_model_dir}"]
-    line += ["-s", "training.num_train_epochs=200"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "itune", *line], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "runs/tune/log.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and log.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75, said
-    assert "Run the same command again" in said
-    done = len(log.read_text().splitlines())
-    again = itune(
-        *line, "--allow-change", "training.num_train_epochs", "-s", "training.num_train_epochs=1"
-    )
-    assert again.returncode in {0, 2}, again.stderr
-    assert done >= 1
-
-
 def test_two_processes_train_what_one_does(
     tmp_path: Path, itune: Callable[..., Any], tiny_model_dir: Path
 ) -> None:
@@ -346,6 +321,7 @@ def test_an_error_in_two_processes_is_one_message_and_exit_code_two(
     ]
 
 
+@pytest.mark.slow
 def test_a_signal_to_several_processes_leaves_a_checkpoint(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
@@ -377,6 +353,7 @@ def test_sharding_that_would_not_happen_is_refused(
     assert kind in ended.err
 
 
+@pytest.mark.slow
 def test_two_processes_pretrain_from_nothing(tmp_path: Path, itune: Callable[..., Any]) -> None:
     world(tmp_path)
     made = itune("pretrain", "-r", "pre.yaml", "--processes", "2", "-s", "training.max_steps=3")
@@ -384,6 +361,7 @@ def test_two_processes_pretrain_from_nothing(tmp_path: Path, itune: Callable[...
     assert (tmp_path / "runs/pre/model/tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 def test_accelerate_launches_it(tmp_path: Path, tiny_model_dir: Path) -> None:
     world(tmp_path)
     line = ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "itune"]

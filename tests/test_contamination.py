@@ -221,7 +221,7 @@ def test_each_score_says_how_many_of_its_rows_were_trained_on(
     assert limited["tasks"]["mood"]["contamination"] == {"exact": 1, "ngram": 0}
     shown = cli("eval").out
     assert "also in the training data" in shown
-    assert shown.splitlines()[-1].split() == ["mood", "held-out", "rows", "4", "2", "1"]
+    assert "2 rows whole, 1 more by a passage of 13 words" in shown
 
     write(tmp_path / "other.jsonl", list(rows_of("Bo", "Eli")))
     other = ("eval", "--json", "-s", "data.eval.0.path=other.jsonl")

@@ -48,6 +48,7 @@ def filled(hub: Hub, tiny_model_dir: Path) -> Hub:
     return root, env
 
 
+@pytest.mark.slow
 def test_the_clients_find_models_data_and_what_is_not_there(filled: Hub) -> None:
     _, env = filled
     changed = {**os.environ, **env}

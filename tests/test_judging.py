@@ -24,6 +24,7 @@ data:
   eval:
     - {{path: moods.jsonl, template: ./mood.yaml, limit: 6}}
     - {{path: places.jsonl, template: ./place.yaml, limit: 5}}
+  allow_overlap: true
 training:
   {{max_steps: 2, tokens_per_step: 300, max_length: 96, heldout_rows: 0, learning_rate: 0.02}}
 generation: {{max_new_tokens: 4}}

@@ -42,12 +42,19 @@ ORDER = (
     "data",
     "samples",
     "batches",
+    "plans",
     "losses",
     "attention",
     "quantization",
+    "probing",
     "models",
     "adapters",
     "checkpoints",
+    "jobs",
+    "optimizers",
+    "feeding",
+    "rowlosses",
+    "timing",
     "training",
     "decoding",
     "likelihoods",
@@ -64,6 +71,8 @@ ORDER = (
     "judging",
     "scoreboard",
     "console",
+    "prompting",
+    "finishing",
     "firsts",
     "previewing",
     "commands",
@@ -71,7 +80,17 @@ ORDER = (
     "__main__",
 )
 # Read for `itune --help` and for checking a recipe: what takes a second to import stays out.
-LIGHT = ("errors", "recipes", "templates", "runs", "launching", "console", "commands", "cli")
+LIGHT = (
+    "errors",
+    "prompting",
+    "recipes",
+    "templates",
+    "runs",
+    "launching",
+    "console",
+    "commands",
+    "cli",
+)
 HEAVY = {
     "accelerate",
     "datasets",

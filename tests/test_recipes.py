@@ -613,6 +613,8 @@ def test_the_digest_knows_what_decides_a_result() -> None:
         GOOD + "launch: {num_processes: 2}\n",
         TRAINING + "  {logging_steps: 9, save_steps: 9, save_total_limit: 9}\n",
         TRAINING + "  {seed: 17}\n",
+        GOOD + "generation: {num_beams: 2}\n",
+        GOOD + "evaluation: {metrics: [f1]}\n",
     ]
     digest = recipes.digest(recipes.loads(GOOD))
     assert {recipes.digest(recipes.loads(text)) for text in same} == {digest}
@@ -621,7 +623,7 @@ def test_the_digest_knows_what_decides_a_result() -> None:
         TRAINING + "  {seed: 18}\n",
         TRAINING + "  {max_steps: 7}\n",
         GOOD + "adapter: {peft_type: lora}\n",
-        GOOD + "generation: {num_beams: 2}\n",
+        GOOD + "quantization: {quant_method: torchao}\nadapter: {peft_type: lora}\n",
     ]
     digests = {recipes.digest(recipes.loads(text)) for text in other}
     assert digest not in digests

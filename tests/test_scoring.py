@@ -149,7 +149,7 @@ def test_odd_text_has_scores_and_differences(odd: str) -> None:
     rows = [Prediction(i, 0, text, tuple(golds[i])) for i, text in enumerate(texts)]
     others = [dataclasses.replace(row, prediction="something else") for row in rows]
     scores = scoring.score(rows, everything(), resamples=10)
-    assert len(scores) == 13
+    assert len(scores) == 14
     for each in scores.values():
         assert math.isfinite(each.value)
         assert each.low <= each.value <= each.high

@@ -1,4 +1,4 @@
-"""The loss and its gradient against plain transformers; resuming against never stopping."""
+"""Whole runs: resuming against never stopping, what is watched changes nothing, bad losses."""
 
 from __future__ import annotations
 
@@ -6,67 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import tiny_model
 
-from itune import batches, checkpoints, data, encoding, errors, losses, models
-
-
-def corpus(lengths: list[int], seed: int = 0) -> data.Corpus:
-    draw = np.random.default_rng(seed)
-    examples = []
-    for n in lengths:
-        learnt = [k >= n // 2 for k in range(n)]
-        examples.append(encoding.Tokens(draw.integers(4, 320, n).tolist(), learnt))
-    return data.from_tokens(examples)
-
-
-def reference(model: Any, made: data.Corpus) -> torch.Tensor:
-    """Mean loss over the whole batch, one example at a time, by the model's own forward."""
-    total = torch.zeros(())
-    for k in range(len(made)):
-        span = slice(int(made.starts[k]), int(made.starts[k + 1]))
-        ids = torch.from_numpy(made.ids[span].astype(np.int64))[None]
-        labels = ids.masked_fill(~torch.from_numpy(made.supervised[span])[None], -100)
-        logits = model(input_ids=ids, use_cache=False).logits
-        total = total + F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum")
-    return total / int(made.targets.sum())
-
-
-LENGTHS = [37, 2, 25, 60, 5, 1, 18, 90, 44, 9]
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("micro", [1000, 70, 30])
-def test_the_gradient_is_that_of_the_full_batch(packed: bool, micro: int) -> None:
-    made, model = corpus(LENGTHS), tiny_model("causal")
-    expected = reference(model, made)
-    expected.backward()
-    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    collate = batches.packed if packed else batches.padder(0)
-    if packed:
-        assert models.pack(model) is None
-    total = 0.0
-    for rows in batches.micro_batches(list(range(len(made))), made.lengths, micro):
-        loss = losses.summed(model, collate(made, rows)) / int(made.targets.sum())
-        loss.backward()
-        total += loss.item()
-    assert total == pytest.approx(expected.item(), abs=1e-6)
-    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert got.keys() == wanted.keys()
-    scale = max(float(g.abs().max()) for g in wanted.values())
-    for name, gradient in wanted.items():
-        assert float((got[name] - gradient).abs().max()) / scale < 1e-6, name
-
-
-def test_a_batch_without_targets_has_no_loss() -> None:
-    made = data.from_tokens([encoding.Tokens([5, 6, 7], [False] * 3)])
-    loss = losses.summed(tiny_model("causal"), batches.padded(made, np.arange(1), 0))
-    assert loss.item() == 0.0
+from itune import checkpoints, errors, losses
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
@@ -172,6 +115,79 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
     assert ours == theirs
 
 
+def test_watching_changes_no_bit(tmp_path: Path, tiny_model_dir: Path, cli: Any) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    short = ("--set", "training.max_steps=7")
+    watched = (*short, "--set", "training.row_losses=true", "--set", "training.profile=true")
+    assert cli("tune", "-r", "tune.yaml", "-o", "runs/plain", *short).code == 0
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/watched", *watched)
+    assert ended.code == 0
+    ours, theirs = (tmp_path / "runs" / name for name in ("watched", "plain"))
+    weights = "model/adapter_model.safetensors"
+    assert (ours / weights).read_bytes() == (theirs / weights).read_bytes()
+    assert losses_of(ours) == losses_of(theirs)
+
+    # Every line of the log is the mean of its rows, weighed by their targets.
+    lines = [json.loads(line) for line in (ours / "row_losses.jsonl").read_text().splitlines()]
+    assert not (theirs / "row_losses.jsonl").exists()
+    for step, loss, _ in losses_of(ours):
+        rows = [line for line in lines if line["step"] == step]
+        total = sum(line["loss"] * line["tokens"] for line in rows)
+        assert total / sum(line["tokens"] for line in rows) == pytest.approx(loss, abs=1e-5)
+    first = [line["row"] for line in lines if line["epoch"] <= 1.0]
+    assert len(set(first)) == len(first) > 0
+    assert {line["path"] for line in lines} == {"rows.jsonl"}
+
+    trace = json.loads((ours / "trace.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+    assert "Where the time went" in ended.out + ended.err
+    assert "backward" in ended.out + ended.err
+
+
+def test_a_killed_run_keeps_each_row_loss_once(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    rows = ("--set", "training.row_losses=true")
+    assert cli("tune", "-r", "tune.yaml", "-o", "runs/straight", *rows).code == 0
+    from itune import training
+
+    real = training._Loop._step
+
+    def dies_in_step_seven(self: Any, step: Any) -> Any:
+        if self.at.step == 6:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(training._Loop, "_step", dies_in_step_seven)
+    cli("tune", "-r", "tune.yaml", "-o", "runs/killed", *rows)
+    monkeypatch.setattr(training._Loop, "_step", real)
+    with (tmp_path / "runs/killed/row_losses.jsonl").open("a") as file:
+        file.write('{"step": 7, "row')
+    assert cli("tune", "-r", "tune.yaml", "-o", "runs/killed", *rows).code == 0
+    killed, straight = (
+        (tmp_path / "runs" / name / "row_losses.jsonl").read_text()
+        for name in ("killed", "straight")
+    )
+    assert killed == straight
+
+
+def test_the_run_says_how_it_computes(tmp_path: Path, tiny_model_dir: Path, cli: Any) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    short = ("--set", "training.max_steps=1")
+    ended = cli("tune", "-r", "tune.yaml", *short, "--set", "training.packing=false")
+    assert "batches: padding, fused loss at the targets (training.packing is off)" in ended.err
+    kept = json.loads((tmp_path / "runs/tune/run.json").read_text())
+    assert kept["path"]["layout"] == "padding"
+    assert kept["path"]["why"] in ended.err
+    assert 0 <= kept["waited"] <= kept["seconds"]
+    ended = cli(
+        "tune", "-r", "tune.yaml", *short, "--fresh", "-s", "training.gradient_checkpointing=true"
+    )
+    assert ended.code == 0
+    assert "batches: per-row attention, fused loss at the targets" in ended.err
+
+
 def test_a_finished_run_does_nothing_and_another_recipe_is_refused(
     tmp_path: Path, tiny_model_dir: Path, cli: Any
 ) -> None:
@@ -196,8 +212,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 ) -> None:
     folder_with(tmp_path, tiny_model_dir)
     real = losses.summed
-    monkeypatch.setattr(losses, "summed", lambda m, b: real(m, b) * float("nan"))
-    monkeypatch.setattr(models, "pack", lambda _model: "not tried")
+    monkeypatch.setattr(losses, "summed", lambda *a, **k: real(*a, **k) * float("nan"))
     ended = cli("tune", "-r", "tune.yaml")
     assert ended.code == 4
     assert "not finite" in ended.err

@@ -67,20 +67,24 @@ def attach(model: Any, settings: Mapping[str, Any] | None, *, base: str, seed: i
         ) from error
 
 
-def on_float_base(folder: Path, device: torch.device) -> Any:
-    """A saved adapter on its base as the hub has it, in float32 and not quantised."""
+def on_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A saved adapter on its base as that was published, not quantised."""
     import peft
 
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return loaded.to(device)
+    return peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 
 
-def merged(model: Any) -> Any:
-    """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
+def refuse_unmergeable(model: Any) -> None:
+    """Raise RecipeError before a run whose adapter could not be folded into its base after it."""
     if not hasattr(model, "merge_and_unload"):
         raise errors.RecipeError(
             "output.merge: this adapter cannot be folded into its base. Set output.merge: false."
         )
+
+
+def merged(model: Any) -> Any:
+    """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
+    refuse_unmergeable(model)
     return model.merge_and_unload(safe_merge=True)
 
 

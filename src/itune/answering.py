@@ -87,6 +87,12 @@ class Answerer:
         tasks = data.tasks(
             self.recipe.data.eval, self.encoder, max_prompt=longest, limit=self.asked.limit
         )
+        for task in tasks:
+            if task.truncated:
+                self.say(
+                    f"{task.name}: {task.truncated:,} of {len(task.cases):,} prompts are cut to "
+                    f"the {longest:,} tokens that fit beside an answer"
+                )
         if (most := self.asked.wordings) is not None:
             tasks = [
                 dataclasses.replace(task, cases=tuple(c for c in task.cases if c.wording < most))

@@ -46,6 +46,8 @@ def _packed(
     if refused:
         raise ValueError(f"packed attention cannot apply {refused[0]}")
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+        return _varlen(query, key, value, segments, scaling, sliding_window), None
     lengths = segments.lengths
     longest = max(lengths)
     real = sum(n * n for n in lengths)
@@ -56,6 +58,37 @@ def _packed(
     else:
         out = _one_by_one(query, key, value, lengths, sliding_window, options)
     return out, None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: batches.Segments,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """torch's own kernel for segments of unequal lengths (CUDA, 16 bits, torch 2.11 and later).
+
+    Its window counts the keys to the left of the query, ours the query too.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest = max(segments.lengths)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        segments.bounds,
+        segments.bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None]  # type: ignore[call-overload]
 
 
 def _window(length: int, sliding_window: int | None, like: torch.Tensor) -> torch.Tensor | None:

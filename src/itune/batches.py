@@ -1,11 +1,10 @@
-"""Lengths become the plan of steps, and the plan's rows become tensors."""
+"""Rows become micro-batches, and micro-batches tensors: packed without padding, or padded."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,109 +20,8 @@ IGNORED = -100
 MICRO_TOKENS = 8192
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimiser step: `ranks[r]` holds rank r's micro-batches, each the indices of examples.
-
-    `targets` counts the tokens that carry loss over all ranks: what the loss is divided by.
-    `epoch` is how many epochs are seen once the step is done.
-    """
-
-    ranks: tuple[tuple[np.ndarray, ...], ...]
-    targets: int
-    tokens: int
-    epoch: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Every step of a run, known before the first: a pure function of lengths, seed and world."""
-
-    steps: tuple[Step, ...]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the whole run sees."""
-        return sum(step.tokens for step in self.steps)
-
-
-def plan(
-    epoch_rows: Callable[[int], np.ndarray],
-    lengths: np.ndarray,
-    targets: np.ndarray,
-    *,
-    tokens_per_step: int,
-    micro_batch_tokens: int,
-    epochs: float = 1.0,
-    max_steps: int = -1,
-    world: int = 1,
-    padded: bool = False,
-) -> Plan:
-    """The steps of a run.
-
-    Each epoch's rows flow in their order into steps of at most `tokens_per_step` tokens (a longer
-    row makes a step alone), across the border of epochs, so that every step but the last is full.
-    A step's rows are shared over `world` ranks and cut
-    into micro-batches of at most `micro_batch_tokens` (padding counted where `padded`).
-    `max_steps` above 0 decides the length instead of `epochs`.
-    """
-    steps: list[Step] = []
-    pending: list[int] = []
-    held, epoch = 0, 0
-    seen = 0.0
-    while max_steps > 0 or epoch < epochs:
-        rows = epoch_rows(epoch)
-        share = 1.0 / len(rows)
-        if max_steps <= 0 and epochs - epoch < 1:
-            rows = rows[: max(1, round(len(rows) * (epochs - epoch)))]
-        for row in rows.tolist():
-            length = int(lengths[row])
-            if pending and held + length > tokens_per_step:
-                steps.append(
-                    _step(pending, lengths, targets, world, micro_batch_tokens, padded, seen)
-                )
-                pending, held = [], 0
-                if len(steps) == max_steps:
-                    return Plan(tuple(steps))
-            pending.append(row)
-            held += length
-            seen += share
-        epoch += 1
-        seen = float(epoch) if epoch <= epochs or max_steps > 0 else seen
-    if pending:
-        steps.append(_step(pending, lengths, targets, world, micro_batch_tokens, padded, seen))
-    return Plan(tuple(steps))
-
-
-def _step(
-    rows: Sequence[int],
-    lengths: np.ndarray,
-    targets: np.ndarray,
-    world: int,
-    micro: int,
-    padded: bool,
-    epoch: float,
-) -> Step:
-    longest_first = sorted(rows, key=lambda row: (-int(lengths[row]), row))
-    shares: list[list[int]] = [[] for _ in range(world)]
-    loads = [0] * world
-    for row in longest_first:
-        rank = loads.index(min(loads))
-        shares[rank].append(row)
-        loads[rank] += int(lengths[row])
-    return Step(
-        ranks=tuple(tuple(micro_batches(share, lengths, micro, padded=padded)) for share in shares),
-        targets=int(sum(int(targets[row]) for row in rows)),
-        tokens=int(sum(int(lengths[row]) for row in rows)),
-        epoch=round(epoch, 6),
-    )
-
-
 def micro_batches(
-    rows: Sequence[int], lengths: np.ndarray, limit: int, *, padded: bool = False
+    rows: Sequence[int] | np.ndarray, lengths: np.ndarray, limit: int, *, padded: bool = False
 ) -> list[np.ndarray]:
     """Rows cut, in their order, into micro-batches of at most `limit` tokens each.
 
@@ -147,98 +45,165 @@ def micro_batches(
 
 # --- tensors ------------------------------------------------------------------------------
 
+Change = Callable[["torch.Tensor"], "torch.Tensor"]
+
 
 @dataclass(frozen=True)
 class Segments:
     """Where the examples of a packed micro-batch lie, for attention within each alone.
 
-    gather int64 [examples, longest]: position in the packed row of each example's tokens, short
-    ones filled at the right with their own last position. scatter int64 [tokens]: where in the
-    flattened gather each packed token stands.
+    bounds int32 [examples + 1]: where each begins, and the end. gather int64 [examples, longest]:
+    position in the packed row of each example's tokens, short ones filled at the right with their
+    own last position. scatter int64 [tokens]: where in the flattened gather each packed token
+    stands.
     """
 
     lengths: tuple[int, ...]
+    bounds: torch.Tensor
     gather: torch.Tensor
     scatter: torch.Tensor
 
-    def to(self, device: torch.device) -> Segments:
-        """The same on a device."""
-        return Segments(self.lengths, self.gather.to(device), self.scatter.to(device))
+    def each(self, change: Change) -> Segments:
+        """The same with every tensor changed."""
+        return Segments(
+            self.lengths, change(self.bounds), change(self.gather), change(self.scatter)
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch as tensors.
 
-    Packed: ids, positions and targets int64 [1, tokens], segments set. Padded: [examples,
-    longest], mask int64 of the same shape. Targets stand where their prediction is made: the
-    target at t is the id at t + 1, or IGNORED.
+    Packed: ids, positions and targets int64 [1, tokens], segments set if attention is told where
+    examples lie. Padded: [examples, longest], mask int64 of the same shape. Targets stand where
+    their prediction is made: the target at t is the id at t + 1, or IGNORED. places int64
+    [targets]: where in the flattened targets those that count stand; wanted int64 [targets]: what
+    they are. lengths: tokens of each example.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor
+    places: torch.Tensor
+    wanted: torch.Tensor
+    lengths: tuple[int, ...]
     mask: torch.Tensor | None = None
     segments: Segments | None = None
 
+    def inputs(self) -> dict[str, Any]:
+        """What the model is called with, by name.
+
+        Without a cache, which is on by default in most configs and would join packed examples.
+        """
+        named: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions}
+        if self.segments is not None:
+            named["segments"] = self.segments
+        if self.mask is not None:
+            named["attention_mask"] = self.mask
+        return {**named, "use_cache": False}
+
+    def owners(self) -> torch.Tensor:
+        """Which of the micro-batch's examples each target belongs to, int64 [targets]."""
+        import torch
+
+        if self.targets.shape[0] > 1:
+            return self.places // self.targets.shape[1]
+        ends = torch.tensor(self.lengths, device=self.places.device).cumsum(0)
+        return torch.searchsorted(ends, self.places, right=True)
+
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The same on a device, copied while the device computes if it lies in pinned memory."""
+        return self.each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in memory that a GPU reads by itself."""
+        return self.each(lambda x: x.pin_memory())
+
+    def each(self, change: Change) -> Batch:
+        """The same with every tensor changed."""
         return Batch(
-            self.ids.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            None if self.mask is None else self.mask.to(device),
-            None if self.segments is None else self.segments.to(device),
+            change(self.ids),
+            change(self.positions),
+            change(self.targets),
+            change(self.places),
+            change(self.wanted),
+            self.lengths,
+            None if self.mask is None else change(self.mask),
+            None if self.segments is None else self.segments.each(change),
         )
+
+
+Collate = Callable[["data.Corpus", np.ndarray], Batch]
 
 
 def packed(corpus: data.Corpus, rows: np.ndarray) -> Batch:
     """The examples one after the other in a single row, no padding."""
     import torch
 
+    batch = flat(corpus, rows)
+    lengths = np.array(batch.lengths)
+    longest = int(lengths.max())
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    within = np.minimum(np.arange(longest)[None], lengths[:, None] - 1)
+    filled = np.arange(len(lengths)).repeat(lengths) * longest
+    segments = Segments(
+        batch.lengths,
+        torch.from_numpy(bounds.astype(np.int32)),
+        torch.from_numpy(bounds[:-1, None] + within),
+        torch.from_numpy(filled + batch.positions[0].numpy()),
+    )
+    return replace(batch, segments=segments)
+
+
+def flat(corpus: data.Corpus, rows: np.ndarray) -> Batch:
+    """The same without segments: the model reads from the positions where an example begins."""
     examples = [_example(corpus, int(row)) for row in rows]
     lengths = tuple(len(ids) for ids, _ in examples)
-    longest = max(lengths)
-    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    column = np.arange(longest)
-    within = np.minimum(column[None], np.array(lengths)[:, None] - 1)
-    return Batch(
-        ids=torch.from_numpy(np.concatenate([ids for ids, _ in examples]))[None],
-        positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
-        targets=torch.from_numpy(np.concatenate([targets for _, targets in examples]))[None],
-        segments=Segments(
-            lengths,
-            torch.from_numpy(starts[:, None] + within),
-            torch.from_numpy(
-                np.concatenate([k * longest + np.arange(n) for k, n in enumerate(lengths)])
-            ),
-        ),
+    return _batch(
+        np.concatenate([ids for ids, _ in examples])[None],
+        np.concatenate([np.arange(n) for n in lengths])[None],
+        np.concatenate([targets for _, targets in examples])[None],
+        lengths,
     )
 
 
 def padded(corpus: data.Corpus, rows: np.ndarray, pad_id: int) -> Batch:
     """One row an example, filled at the right with `pad_id`."""
-    import torch
-
     examples = [_example(corpus, int(row)) for row in rows]
-    longest = max(len(ids) for ids, _ in examples)
-    shape = (len(examples), longest)
+    lengths = tuple(len(ids) for ids, _ in examples)
+    shape = (len(examples), max(lengths))
     ids, targets = np.full(shape, pad_id), np.full(shape, IGNORED)
-    mask = np.zeros(shape, np.int64)
     for k, (row_ids, row_targets) in enumerate(examples):
         ids[k, : len(row_ids)] = row_ids
         targets[k, : len(row_ids)] = row_targets
-        mask[k, : len(row_ids)] = 1
-    positions = np.broadcast_to(np.arange(longest), shape).copy()
+    column = np.broadcast_to(np.arange(shape[1]), shape).copy()
+    mask = (column < np.array(lengths)[:, None]).astype(np.int64)
+    return _batch(ids, column, targets, lengths, mask)
+
+
+def _batch(
+    ids: np.ndarray,
+    positions: np.ndarray,
+    targets: np.ndarray,
+    lengths: tuple[int, ...],
+    mask: np.ndarray | None = None,
+) -> Batch:
+    import torch
+
+    places = np.flatnonzero(targets != IGNORED)
+    wanted = targets.reshape(-1)[places]
     return Batch(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(targets),
-        mask=torch.from_numpy(mask),
+        torch.from_numpy(places),
+        torch.from_numpy(wanted),
+        lengths,
+        None if mask is None else torch.from_numpy(mask),
     )
 
 
-def padder(pad_id: int) -> Callable[[data.Corpus, np.ndarray], Batch]:
+def padder(pad_id: int) -> Collate:
     """The function that collates by padding with `pad_id`."""
 
     def collate(corpus: data.Corpus, rows: np.ndarray) -> Batch:
@@ -248,14 +213,9 @@ def padder(pad_id: int) -> Callable[[data.Corpus, np.ndarray], Batch]:
 
 
 def _example(corpus: data.Corpus, row: int) -> tuple[np.ndarray, np.ndarray]:
-    start, end = int(corpus.starts[row]), int(corpus.starts[row + 1])
-    ids = corpus.ids[start:end].astype(np.int64)
-    targets = np.full(end - start, IGNORED, np.int64)
-    learnt = corpus.supervised[start + 1 : end]
+    raw, supervised = corpus.example(row)
+    ids = raw.astype(np.int64)
+    targets = np.full(len(ids), IGNORED, np.int64)
+    learnt = supervised[1:]
     targets[:-1][learnt] = ids[1:][learnt]
     return ids, targets
-
-
-def share_or_count(value: float, total: int) -> int:
-    """Steps that a setting means: below 1 a share of `total`, else a number. At least 1."""
-    return max(1, math.ceil(value * total) if value < 1 else int(value))

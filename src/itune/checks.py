@@ -165,6 +165,8 @@ def _key(document: yamls.Document, name: str) -> yamls.Key:
     here = document.data
     parts = name.split(".")
     while parts:
+        if here == []:  # a list of none becomes the first that is set
+            here = None
         if isinstance(here, list):
             index = _index(here, parts[0], yamls.dotted(tuple(key)))
             key.append(index)
@@ -195,7 +197,7 @@ def put(document: yamls.Document, key: yamls.Key, value: Any, place: str) -> Non
     for end, part in enumerate(key[:-1], start=1):
         if not isinstance(here, dict | list):
             break
-        if isinstance(here, dict) and here.get(part) is None:
+        if isinstance(here, dict) and here.get(part) in (None, []):
             here[part] = {}
             document.overrides[key[:end]] = place
         here = here[part]

@@ -170,12 +170,12 @@ def generate(
     quiet: QuietOption = False,
 ) -> None:
     """Answer prompts with a run's model."""
-    from itune import commands
+    from itune import commands, prompting
 
     common = commands.Common(None, tuple(sets or ()), output, None, as_json, quiet)
     commands.generate(
         common,
-        commands.Asked(tuple(prompts or ()), run, model, source, template, tuple(field or ())),
+        prompting.Asked(tuple(prompts or ()), run, model, source, template, tuple(field or ())),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import sys
 import warnings
@@ -12,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, launching, recipes, runs, signals, storage, templates
+from itune import console, errors, launching, prompting, recipes, runs, signals
 
 if TYPE_CHECKING:
-    from itune import data, encoding, models
+    from itune import data, encoding, models, plans
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +82,22 @@ def train(
     with _opened(recipe, command, fresh=fresh, allowed=allowed) as (run, state):
         if state == "finished":
             screen.say(f"{run.dir}: already complete. Start it anew with --fresh.")
+            _merge_late(recipe, run, screen)
         else:
             screen.say(f"{command}: {recipe.name} in {run.dir}")
             _watched(recipe, run, screen)
     _emit(common, _summary(run))
+
+
+def _merge_late(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
+    """Merge what a finished run left, where that is asked for only now."""
+    wanted = recipe.output.merge and recipe.adapter is not None and launching.is_main()
+    if wanted and not (run.dir / "merged").is_dir():
+        from itune import finishing
+
+        _still()
+        with runs.locked(run):
+            finishing.merge(run, screen.say)
 
 
 @contextlib.contextmanager
@@ -120,7 +131,7 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, batches, doctor, models, training
+    from itune import adapters, doctor, finishing, jobs, models, probing, training
 
     _still()
     place = models.placement(recipe.model)
@@ -128,38 +139,32 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = _prepared(recipe, run, screen)
     tokenizer = encoder.tokenizer
-    for line in (*_counted(corpus), *_mixed(recipe, corpus)):
+    for line in (*_counted(corpus, settings.seed), *_mixed(recipe, corpus)):
         screen.say(line)
-    accelerator = training.accelerator(recipe, place)
+    accelerator = jobs.accelerator(recipe, place)
     launching.check(accelerator)
     doctor.check(recipe, encoder, screen.say)
-    base = models.resolve(recipe.model.name) if recipe.model.name else recipe.name
     model = _untrained(recipe, tokenizer, place)
+    base = finishing.base_of(recipe, run, model, tokenizer) if recipe.adapter else recipe.name
     models.check_fits(model, corpus, settings.max_length)
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     model = adapters.attach(model, recipe.adapter, base=base, seed=settings.seed)
+    if recipe.output.merge and recipe.adapter is not None:
+        adapters.refuse_unmergeable(model)
     kernel = model.config._attn_implementation
-    padded = models.pack(model) if settings.packing else "training.packing is off"
-    if padded:
-        screen.say(f"padding: {padded}")
+    path = probing.choose(
+        model,
+        int(corpus.lengths.max()),
+        packing=settings.packing,
+        autocast=accelerator.autocast,
+    )
+    screen.say(path.why)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        models.recompute(model)
     total, trainable = models.count(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
-    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
-    plan = batches.plan(
-        lambda epoch: corpus.epoch(epoch, settings.seed),
-        corpus.lengths,
-        corpus.targets,
-        tokens_per_step=settings.tokens_per_step,
-        micro_batch_tokens=micro,
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        world=accelerator.num_processes,
-        padded=padded is not None,
-    )
-    collate = batches.packed if padded is None else batches.padder(tokenizer.pad_token_id)
-    job = training.Job(model, corpus, heldout, plan, collate, micro)
+    plan = _planned(settings, corpus, world=accelerator.num_processes, padded=path.padded)
+    job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
     if accelerator.is_main_process:
         run.update(
             state="running",
@@ -168,16 +173,36 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             processes=accelerator.num_processes,
             parameters=total,
             trainable=trainable,
-            packed=padded is None,
-            data={"train": {**asdict(corpus.counts), "sources": _sources(recipe, corpus)}},
+            packed=not path.padded,
+            path=asdict(path),
+            data={"train": _for_the_record(recipe, corpus)},
             steps=len(plan),
         )
     outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()
     if accelerator.is_main_process:
         model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
-        _finish(recipe, run, model, encoder, outcome, screen)
+        finishing.finish(recipe, run, model, encoder, outcome, screen.say)
     accelerator.wait_for_everyone()
+
+
+def _planned(
+    settings: recipes.Training, corpus: data.Corpus, *, world: int, padded: bool
+) -> plans.Plan:
+    from itune import batches, plans
+
+    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
+    return plans.plan(
+        lambda epoch: corpus.epoch(epoch, settings.seed),
+        corpus.lengths,
+        corpus.targets,
+        tokens_per_step=settings.tokens_per_step,
+        micro_batch_tokens=micro,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        world=world,
+        padded=padded,
+    )
 
 
 def _prepared(
@@ -234,16 +259,16 @@ def _untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) 
     return model
 
 
-def _counted(corpus: data.Corpus) -> Iterator[str]:
+def _counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
     """What the user is told of the training data, a line each."""
     for report in corpus.reports:
         yield from report.notes
         if not report.read_as.startswith("template "):
             yield f"{report.path}: read as {report.read_as}"
-    counts = corpus.counts
+    counts = corpus.an_epoch(seed)
     yield (
-        f"training data: {counts.rows:,} of {counts.read:,} rows, {counts.tokens:,} tokens, "
-        f"{counts.supervised:,} of them learnt"
+        f"training data: {counts.rows:,} of {counts.read:,} rows; an epoch has "
+        f"{counts.tokens:,} tokens, {counts.supervised:,} of them learnt"
     )
     cures = (
         (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
@@ -255,13 +280,14 @@ def _counted(corpus: data.Corpus) -> Iterator[str]:
     yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)
 
 
-def _sources(recipe: recipes.Recipe, corpus: data.Corpus) -> list[dict[str, Any]]:
-    """For run.json: each source's counts, and what share of an epoch it is."""
-    shares = corpus.shares(recipe.training.seed)
-    return [
+def _for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any]:
+    """For run.json: the counts of an epoch, each source's own, and what share of it it is."""
+    seed = recipe.training.seed
+    sources = [
         {**asdict(report), "an_epoch": share}
-        for report, share in zip(corpus.reports, shares, strict=True)
+        for report, share in zip(corpus.reports, corpus.shares(seed), strict=True)
     ]
+    return {**asdict(corpus.an_epoch(seed)), "sources": sources}
 
 
 def _mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
@@ -274,44 +300,6 @@ def _mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
                 f"({share['rows_share']:.1%}), {share['tokens']:,} tokens "
                 f"({share['tokens_share']:.1%})"
             )
-
-
-def _finish(
-    recipe: recipes.Recipe,
-    run: runs.Run,
-    model: Any,
-    encoder: encoding.Encoder,
-    outcome: Any,
-    screen: console.Screen,
-) -> None:
-    import torch
-
-    from itune import adapters, decoding
-
-    staged = run.dir / ".model"
-    model.eval()
-    model.generation_config = decoding.settings(recipe.generation, encoder)
-    model.config.use_cache = True
-    model.save_pretrained(staged)
-    model.generation_config.save_pretrained(staged)
-    encoder.tokenizer.save_pretrained(staged)
-    (staged / "README.md").write_text(runs.card(run, recipe, asdict(outcome)), encoding="utf-8")
-    staged.replace(run.model_dir)
-    if recipe.output.merge and recipe.adapter is not None:
-        if recipe.quantization is not None:  # folded into few bits it would lose what it learnt
-            model = adapters.on_float_base(run.model_dir, model.device)
-        ids = torch.tensor([encoder.text_ids("What is shown here?")], device=model.device)
-        difference = adapters.merge_and_prove(model, ids, run.dir / "merged")
-        encoder.tokenizer.save_pretrained(run.dir / "merged")
-        screen.say(f"merged: logits within {difference:.1e} of the adapter's, {run.dir / 'merged'}")
-    now = datetime.datetime.now(datetime.timezone.utc)
-    run.update(state="finished", finished=now.isoformat("T", "microseconds"), **asdict(outcome))
-    heldout = "" if outcome.heldout_loss is None else f", held-out loss {outcome.heldout_loss:.4f}"
-    screen.say(
-        f"done: {outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s "
-        f"({outcome.tokens / max(outcome.seconds, 1e-9):,.0f} a second), loss {outcome.loss:.4f}"
-        f"{heldout}; the model is in {run.model_dir}"
-    )
 
 
 def _summary(run: runs.Run) -> dict[str, Any]:
@@ -419,30 +407,14 @@ def _judged(common: Common, asked: Judged) -> tuple[recipes.Recipe, runs.Run | N
 # --- generate -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What `itune generate` is asked to answer, and by which model."""
-
-    prompts: tuple[str, ...] = ()
-    run: Path | None = None
-    model: str | None = None
-    input: Path | None = None
-    template: str | None = None
-    fields: tuple[str, ...] = ()
-
-
-def generate(common: Common, asked: Asked) -> None:
+def generate(common: Common, asked: prompting.Asked) -> None:
     """`itune generate`: one answer a prompt, in their order."""
     fields = _generation(common.sets)
-    conversations = list(_conversations(asked))
-    if not conversations:
-        raise errors.OptionError(
-            "no prompt. Give one or more on the command line, - for standard input, or --input "
-            "FILE with a JSON object a line."
-        )
-    finished = _answered(common.output) if asked.input is not None else 0
-    if asked.input is not None and common.output is None:
-        raise errors.OptionError("--input: where to? Name the file with --output FILE.")
+    prompting.check(asked, common.output)
+    conversations = prompting.conversations(asked)
+    finished = 0
+    if asked.input is not None and common.output is not None:
+        finished = prompting.answered(common.output, [prompt for prompt, _ in conversations])
     screen = common.screen()
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
@@ -468,7 +440,7 @@ def generate(common: Common, asked: Asked) -> None:
 
 
 def _answers(
-    asked: Asked,
+    asked: prompting.Asked,
     given: Mapping[str, Any],
     waiting: Sequence[tuple[str, list[Any]]],
     screen: console.Screen,
@@ -518,77 +490,3 @@ def _generation(sets: Sequence[str]) -> dict[str, Any]:
             )
         fields[name] = yamls.parse_value(value, f"--set {item}", errors.OptionError)
     return fields
-
-
-def _conversations(asked: Asked) -> Iterator[tuple[str, list[Any]]]:
-    """(prompt as shown, messages) of each thing that is asked, in order."""
-    template = templates.load(asked.template) if asked.template else None
-    if asked.fields:
-        if template is None:
-            raise errors.OptionError("--field: for which template? Name it with --template NAME.")
-        yield _asked(_fields(asked.fields), "--field", template)
-    for prompt in asked.prompts:
-        text = sys.stdin.read().strip() if prompt == "-" else prompt
-        names = ["prompt"] if template is None else sorted(template.columns())
-        yield _asked(dict.fromkeys(names, text), "prompt", template)
-    if asked.input is not None:
-        for number, row in _json_lines(asked.input):
-            yield _asked(row, f"{asked.input}:{number}", template)
-
-
-def _asked(
-    row: Mapping[str, Any], where: str, template: templates.Template | None
-) -> tuple[str, list[Any]]:
-    from itune import formats
-
-    if "messages" in row and template is None:
-        turns = list(formats.conversation(row, answered=False).messages)
-        return turns[-1].content, turns
-    prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise errors.DataError(
-            f"{where}: no prompt. A row needs `prompt`, `messages`, or --template with its fields."
-        )
-    system = [formats.Message("system", template.system)] if template and template.system else []
-    return prompt, [*system, formats.Message("user", prompt)]
-
-
-def _fields(given: Sequence[str]) -> dict[str, str]:
-    row = {}
-    for item in given:
-        key, sign, value = item.partition("=")
-        if not sign or not key:
-            raise errors.OptionError(f"--field {item}: expected key=value.")
-        row[key] = value
-    return row
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}.")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise errors.DataError(f"{path}:{number}: not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise errors.DataError(f"{path}:{number}: expected an object {{...}}.")
-            yield number, row
-
-
-def _answered(path: Path | None) -> int:
-    """How many prompts a file answers already; a line that a kill tore is taken out."""
-    if path is None or not path.is_file():
-        return 0
-    whole = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            json.loads(line)
-        except ValueError:
-            break
-        whole.append(line)
-    storage.write(path, "".join(f"{line}\n" for line in whole))
-    return len(whole)

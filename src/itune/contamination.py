@@ -316,7 +316,7 @@ def _read(run: runs.Run) -> tuple[dict[str, Any], Found] | None:
     if record is None or not path.is_file():
         return None
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             pair = json.loads(line)
             pairs.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,16 @@ class Corpus:
             too_long=sum(report.counts.too_long for report in self.reports),
             empty=empty,
             duplicated=self.duplicated,
+        )
+
+    def an_epoch(self, seed: int) -> Counts:
+        """The counts of what one epoch sees, each row in the wordings of its visits."""
+        order = self.epoch(0, seed)
+        return dataclasses.replace(
+            self.counts,
+            tokens=int(self.lengths[order].sum()),
+            supervised=int(self.targets[order].sum()),
+            truncated=int(self.truncated[order].sum()),
         )
 
     def shares(self, seed: int) -> list[dict[str, Any]]:

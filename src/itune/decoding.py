@@ -45,6 +45,11 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
             f"{errors.nearest(unknown[0], blank.to_dict())}"
         )
     given = {"max_new_tokens": MAX_NEW_TOKENS, **fields}
+    if given.get("num_return_sequences", 1) != 1:
+        raise errors.RecipeError(
+            f"generation.num_return_sequences: {given['num_return_sequences']}, and each prompt "
+            "gets one answer. Leave it out, or ask several times with do_sample."
+        )
     if "do_sample" not in given:
         given["do_sample"] = any(given.get(name) is not None for name in SAMPLING)
     given["eos_token_id"] = sorted({encoder.stop_id, encoder.eos_id})

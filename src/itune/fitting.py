@@ -20,8 +20,13 @@ def example(
     limit: int,
     train_on: str,
 ) -> encoding.Tokens | None:
-    """The example within `limit` tokens, its answer whole; None when that cannot be."""
-    if reading.is_chat and not reading.columns():
+    """The example within `limit` tokens, its answer whole; None when that cannot be.
+
+    Where the prompt is cut must not tell the answer: a prompt that ends the earlier the longer its
+    answer is would be read off by the model. So room is kept for the longest of the choices, or
+    for a round number of tokens.
+    """
+    if reading.is_chat and not reading.prompt_columns():
         for end in range(len(whole.messages) - 1, 0, -1):
             if whole.messages[end - 1].role != "assistant":
                 continue
@@ -33,7 +38,25 @@ def example(
     def encode(shorter: formats.Example) -> encoding.Tokens:
         return encoder.conversation(shorter.messages, train_on=train_on)
 
-    return _shortened(reading, row, wording, encoder, limit, encode, lambda t: len(t.ids))
+    longest = max(
+        (_supervised(encoder, (*whole.prompt[-1:], _answer(each))) for each in reading.choices),
+        default=0,
+    )
+
+    def size(tokens: encoding.Tokens) -> int:
+        answer = sum(tokens.supervised)
+        rounded = min(1 << (answer - 1).bit_length(), limit // 2)
+        return len(tokens.ids) - answer + max(answer, longest or rounded)
+
+    return _shortened(reading, row, wording, encoder, limit, encode, size)
+
+
+def _answer(text: str) -> formats.Message:
+    return formats.Message("assistant", text)
+
+
+def _supervised(encoder: encoding.Encoder, messages: tuple[formats.Message, ...]) -> int:
+    return sum(encoder.conversation(messages, train_on="last").supervised)
 
 
 def prompt(
@@ -48,7 +71,7 @@ def prompt(
 
     A conversation loses its oldest turns, its system message never.
     """
-    if reading.is_chat and not reading.columns():
+    if reading.is_chat and not reading.prompt_columns():
         system = tuple(m for m in whole.prompt[:1] if m.role == "system")
         for start in range(len(system) + 1, len(whole.prompt)):
             if whole.prompt[start].role != "user":
@@ -79,7 +102,9 @@ def _shortened(
     The wording around it stays whole: the question, the choices and the end of the prompt are
     where the model needs them. None when the limit cannot be kept so.
     """
-    texts = {name: value for name in reading.columns() if isinstance(value := row.get(name), str)}
+    texts = {
+        name: value for name in reading.prompt_columns() if isinstance(value := row.get(name), str)
+    }
     if not texts:
         return None
     column = max(texts, key=lambda name: len(texts[name]))

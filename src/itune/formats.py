@@ -187,6 +187,11 @@ class Reading:
         return max(1, len(self.template.prompts)) if self.template else 1
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The answers that may be given, where a template names them."""
+        return tuple(self.template.choices) if self.template else ()
+
+    @property
     def is_text(self) -> bool:
         """Whether rows are running text, which has no prompt and no answer."""
         return self.template is None and self.format == "text"
@@ -211,9 +216,13 @@ class Reading:
         return "last" if self.format == "prompt_completion" else wanted
 
     def columns(self) -> set[str]:
+        """The columns whose texts say what a row is about."""
+        return self.prompt_columns() if self.template is None else self.template.columns()
+
+    def prompt_columns(self) -> set[str]:
         """The columns whose texts may be cut to make a row fit."""
         if self.template is not None:
-            return self.template.columns()
+            return self.template.prompt_columns()
         return {"alpaca": {"instruction", "input"}, "prompt_completion": {"prompt"}}.get(
             str(self.format), set()
         )

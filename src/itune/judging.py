@@ -90,6 +90,13 @@ def of_model(
         )
         for task in ours.tasks
     }
+    if metrics and not ours.tasks:
+        raise errors.OptionError(
+            f"--metric {metrics[0]}: data.eval is plain text, which is measured by its perplexity. "
+            "Leave --metric out, or name a run that answers prompts with --run."
+        )
+    if folder is not None:
+        _make(folder)
     for task in ours.tasks:  # before hours of answering
         way = ways[task.name]
         golds = [case.references for case in task.cases]
@@ -112,6 +119,15 @@ def of_model(
         _keep(folder, ours, made, rival, result)
         say(f"scores and predictions: {folder}")
     return result
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise errors.EnvironmentRefusal(
+            f"{folder}: cannot be made: {error.strerror}. Choose another folder with --output."
+        ) from error
 
 
 def _name_contamination(
@@ -205,6 +221,5 @@ def _keep(
             if rival is not None:
                 line["against"] = other[row.row, row.wording]
             lines.append(line)
-    folder.mkdir(parents=True, exist_ok=True)
     predictions.write(folder / "predictions.jsonl", lines)
     storage.write(folder / "scores.json", runs.to_json(result, indent=2) + "\n")

@@ -1,11 +1,17 @@
 """The loss on supervised positions only, summed, so that the step can divide it exactly.
 
-Needs torch.
+Needs torch. There are three ways to the same number, from the leanest to the one that any model
+has: the head computes loss instead of logits, in chunks, at the targets alone (TARGETS); the model
+is asked for the logits of some positions (KEPT); or all logits are made (FULL). The probe at the
+start of a run finds the first that is exact for the model at hand.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,33 +19,204 @@ import torch.nn.functional as F
 
 from itune import batches
 
+TARGETS, KEPT, FULL = "targets", "kept", "full"
 
-def summed(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
-    """Summed next-token cross-entropy in nats over the batch's targets, a float32 scalar.
+# Rows a chunk, and the vocabulary from which on half of them. The head's weight is read twice a
+# chunk, so rows decide the speed: at 128 to 256 it is flat on a CPU (torch's default of 4 is nine
+# times slower), and beyond only memory grows.
+CHUNK, WIDE = 256, 65_536
+
+Each = list[torch.Tensor]
+
+
+def summed(
+    model: torch.nn.Module,
+    batch: batches.Batch,
+    *,
+    head: str | None = None,
+    each: Each | None = None,
+) -> torch.Tensor:
+    """Summed next-token cross-entropy in nats over the batch's targets, a float32 scalar or better.
 
     Whoever calls divides by the count of the whole optimiser step (transformers #34191): a mean
     of means would weigh a token by its micro-batch. A batch without targets gives 0.
+    `head`: TARGETS, KEPT or FULL; None takes what the model's signature allows without a probe.
+    `each` receives the loss of every target, float32 [targets] without a gradient; whether it is
+    there changes nothing else.
     """
-    learnt = batch.targets != batches.IGNORED  # [examples, longest] or [1, tokens]
-    inputs: dict[str, Any] = {"input_ids": batch.ids, "position_ids": batch.positions}
-    if batch.segments is not None:
-        inputs["segments"] = batch.segments
-    if batch.mask is not None:
-        inputs["attention_mask"] = batch.mask
-    # Columns in which no row learns anything need no logits.
-    columns = learnt.any(0).nonzero().squeeze(1)
-    if keeps_logits(model):
-        inputs["logits_to_keep"] = columns
-    # use_cache is on by default in most configs, and would join the examples of a packed row.
-    logits = model(**inputs, use_cache=False).logits
-    if not keeps_logits(model):
-        logits = logits[:, columns]
-    kept = learnt[:, columns]
-    return F.cross_entropy(logits[kept].float(), batch.targets[:, columns][kept], reduction="sum")
+    head = head or (KEPT if keeps_logits(model) else FULL)
+    if head == TARGETS:
+        with _losing(output_layer(model), batch, each):
+            loss: torch.Tensor = model(**batch.inputs()).logits.reshape(())
+        return loss
+    logits = _kept(model, batch) if head == KEPT else _full(model, batch)
+    if each is not None:
+        with torch.no_grad():
+            each.append(F.cross_entropy(precise(logits), batch.wanted, reduction="none"))
+    return F.cross_entropy(precise(logits), batch.wanted, reduction="sum")
+
+
+def precise(x: torch.Tensor) -> torch.Tensor:
+    """The same in float32, or in float64 if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _full(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
+    logits: torch.Tensor = model(**batch.inputs()).logits
+    return logits.flatten(0, 1).index_select(0, batch.places)
+
+
+def _kept(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
+    """Logits at the targets; columns in which no row learns anything are never made."""
+    width = batch.ids.shape[1]
+    columns, which = torch.unique(batch.places % width, return_inverse=True)
+    logits: torch.Tensor = model(**batch.inputs(), logits_to_keep=columns).logits
+    rows = torch.div(batch.places, width, rounding_mode="floor")
+    return logits.flatten(0, 1).index_select(0, rows * len(columns) + which)
 
 
 def keeps_logits(model: Any) -> bool:
     """Whether the model's forward can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(_base(model).forward).parameters
+
+
+def output_layer(model: Any) -> Any:
+    """The layer that makes logits from hidden states, as it stands in the model; or None."""
+    return _base(model).get_output_embeddings()
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether an output layer is a matrix and perhaps a bias: no adapter, copy or quantisation."""
+    return type(layer) is torch.nn.Linear
+
+
+def _base(model: Any) -> Any:
     inner = getattr(model, "module", model)
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+# --- the head that computes loss ----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _losing(layer: Any, batch: batches.Batch, each: Each | None) -> Iterator[None]:
+    """While this holds, the output layer returns the summed loss, float32 [1, 1, 1].
+
+    The layer itself is still called by the model, and the model by whatever wraps it, so hooks
+    (DistributedDataParallel, FSDP) run as ever.
+    """
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        states, weight, bias = _same_dtype(hidden, layer.weight, layer.bias)
+        if not len(batch.places):
+            # In the graph all the same: every rank must have every gradient.
+            return precise((states.sum() + weight.sum()) * 0.0).reshape(1, 1, 1)
+        states = states.reshape(-1, states.shape[-1]).index_select(0, batch.places)
+        if each is not None:
+            each.append(_apart(states, weight, bias, batch.wanted))
+        return precise(head_loss(states, weight, bias, batch.wanted)).reshape(1, 1, 1)
+
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
+def _same_dtype(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What autocast makes of the arguments of a linear layer; the fused loss it does not know."""
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def head_loss(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    wanted: torch.Tensor,
+    chunk: int | None = None,
+) -> torch.Tensor:
+    """Summed cross-entropy of `states @ weight.T + bias` without all of the logits at once.
+
+    states [rows, width], weight [vocabulary, width], wanted int64 [rows]; `chunk` rows at a time.
+    """
+    chunk = chunk or (CHUNK if weight.shape[0] < WIDE else CHUNK // 2)
+    if not fused():
+        loss: torch.Tensor = Chunked.apply(states, weight, bias, wanted, chunk)  # type: ignore[no-untyped-call]
+        return loss
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+    return F.linear_cross_entropy(
+        states, weight, wanted, linear_bias=bias, reduction="sum", options=options
+    )
+
+
+@functools.cache
+def fused() -> bool:
+    """Whether torch has this loss itself (2.13 and later)."""
+    return hasattr(F, "linear_cross_entropy")
+
+
+def _apart(
+    states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, wanted: torch.Tensor
+) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat(
+            [
+                F.cross_entropy(precise(F.linear(h, weight, bias)), y, reduction="none")
+                for h, y in zip(states.split(CHUNK), wanted.split(CHUNK), strict=True)
+            ]
+        )
+
+
+class Chunked(torch.autograd.Function):
+    """The same loss for a torch that lacks it; gradients are made going forward, as there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        wanted: torch.Tensor,
+        chunk: int,
+    ) -> torch.Tensor:
+        """Sum the loss over chunks and keep the gradients of what asks for one."""
+        total = precise(states.new_zeros(()))
+        inputs = (states, weight, bias)
+        grads = [
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
+            if x is not None and needed
+            else None
+            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        for start in range(0, len(states), chunk):
+            part, target = states[start : start + chunk], wanted[start : start + chunk, None]
+            logits = F.linear(part, weight, bias)
+            shares = precise(logits)
+            total += (torch.logsumexp(shares, 1, keepdim=True) - shares.gather(1, target)).sum()
+            if not any(g is not None for g in grads):
+                continue
+            slope = torch.softmax(shares, 1).scatter_add_(
+                1, target, torch.full_like(target, -1, dtype=shares.dtype)
+            )
+            if grads[0] is not None:
+                grads[0][start : start + chunk] = slope.to(weight.dtype) @ weight
+            if grads[1] is not None:
+                grads[1] += slope.to(part.dtype).T @ part
+            if grads[2] is not None:
+                grads[2] += slope.sum(0)
+        ctx.save_for_backward(*(g if g is None else g.to(states.dtype) for g in grads))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The kept gradients times the gradient of the sum."""
+        (scale,) = upstream
+        grads = (g if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        return (*grads, None, None)

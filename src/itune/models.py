@@ -13,11 +13,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
-from itune import attention, batches, data, encoding, errors, losses, recipes
+from itune import data, errors, recipes
 from itune import quantization as few_bits
 
 CLASSES = {
@@ -89,7 +88,8 @@ def size(wanted: recipes.Model) -> int:
         )
     auto = getattr(transformers, CLASSES[wanted.family or family(config)])
     with torch.device("meta"):
-        return sum(p.numel() for p in auto.from_config(config).parameters())
+        made = from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
+        return sum(p.numel() for p in made.parameters())
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -149,7 +149,7 @@ def from_library(name: str, call: Any) -> Any:
     """`call()`, with what the library raises for a missing or broken model put in our words."""
     try:
         return call()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         text = " ".join(str(error).split())
         if "offline" in text.lower() or "connect" in text.lower():
             raise errors.EnvironmentRefusal(
@@ -394,64 +394,6 @@ def _unbuildable(scratch: recipes.FromScratch, error: Exception) -> errors.Model
     )
 
 
-# --- packing ------------------------------------------------------------------------------
-
-
-def pack(model: Any) -> str | None:
-    """Switch the model to packed attention if it computes exactly what it computes alone.
-
-    Returns None, or why it cannot: the run then pads. The probe is a handful of short examples
-    of ids that any vocabulary has, so it costs one small forward pass.
-    """
-    before = model.config._attn_implementation
-    attention.register()
-    training = model.training
-    model.eval()
-    try:
-        model.set_attn_implementation(attention.NAME)
-        difference = _packed_against_alone(model, before)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError) as error:
-        model.set_attn_implementation(before)
-        return f"packing is not possible with {type(model).__name__}: {_short(error)}"
-    finally:
-        model.train(training)
-    tolerance = 1e-4 if model.dtype == torch.float32 else 3e-2
-    if not difference <= tolerance:
-        model.set_attn_implementation(before)
-        return (
-            f"packing would change what {type(model).__name__} computes "
-            f"(loss off by {difference:.1e}), so examples are padded"
-        )
-    return None
-
-
-@torch.no_grad()
-def _packed_against_alone(model: Any, attn_implementation: str) -> float:
-    """Largest relative difference of summed losses, packed against one by one."""
-    lengths = [7, 1, 12, 2, 5]
-    window = getattr(model.config, "sliding_window", None)
-    if isinstance(window, int) and window < 256:
-        lengths.append(window + 3)
-    draw = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = [torch.randint(0, vocabulary, (n,), generator=draw).tolist() for n in lengths]
-    probe = data.from_tokens([encoding.Tokens(row, [True] * len(row)) for row in ids])
-    device = next(model.parameters()).device
-    every = np.arange(len(lengths))
-    together = losses.summed(model, batches.packed(probe, every).to(device))
-    model.set_attn_implementation(attn_implementation)
-    alone = sum(
-        float(losses.summed(model, batches.padded(probe, every[k : k + 1], 0).to(device)))
-        for k in every
-    )
-    model.set_attn_implementation(attention.NAME)
-    return abs(float(together) - alone) / max(abs(alone), 1e-6)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
-
-
 def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
     """Refuse examples longer than the model's positions, and ids beyond its embeddings."""
     room = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
@@ -468,6 +410,13 @@ def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
             f"the tokenizer gives id {highest}, the model embeds {entries} tokens. They do not "
             "belong together: name a model with its own tokenizer."
         )
+
+
+def recompute(model: Any) -> None:
+    """Have the model compute its activations again in the backward pass instead of keeping them."""
+    # transformers 5.22 and later have another name for it, and warn of the old one.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def count(model: Any) -> tuple[int, int]:

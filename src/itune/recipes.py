@@ -16,6 +16,8 @@ from itune.records import Flag, Number, Record, Text, Whole
 
 # Keys that say where a run goes and how it is watched, not what comes out of it.
 UNDECIDING = (
+    "generation",
+    "evaluation",
     "output",
     "tracking",
     "launch",
@@ -23,7 +25,15 @@ UNDECIDING = (
     "training.save_steps",
     "training.save_total_limit",
     "data.allow_overlap",
+    "training.row_losses",
+    "training.profile",
 )
+
+
+def _steps_or_none(value: int) -> int:
+    if value == 0:
+        raise ValueError("expected a number of steps from 1, or -1 for epochs, found 0.")
+    return value
 
 
 def _share_or_count(value: float) -> float:
@@ -171,7 +181,7 @@ class Training(Record):
     """The gradient is scaled down to at most this norm; 0 leaves it as it is."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
     """How often all the training rows are seen; not together with `max_steps`."""
-    max_steps: Annotated[Whole, Field(ge=-1)] = -1
+    max_steps: Annotated[Whole, Field(ge=-1), pydantic.AfterValidator(_steps_or_none)] = -1
     """Stop after this many optimizer steps; -1 counts epochs instead."""
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
     """The optimizer, as transformers names it."""
@@ -205,6 +215,10 @@ class Training(Record):
     """Tokens of the longest example; a longer prompt is cut, an answer never."""
     packing: Flag = True
     """Put several examples in one row of the batch, hidden from each other."""
+    row_losses: Flag = False
+    """Write each training row's mean loss at every visit to `row_losses.jsonl`; changes nothing."""
+    profile: Flag = False
+    """Show where the time went, and write `trace.json` for Perfetto; changes nothing."""
     train_on: Literal["assistant", "last"] = "assistant"
     """Which answers of a conversation are learned: every one, or the last."""
 

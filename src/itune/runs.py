@@ -95,7 +95,7 @@ class Run:
         if not path.is_file():
             return []
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
@@ -178,7 +178,11 @@ def _refuse_another(run: Run, recipe: recipes.Recipe, command: str, allowed: Seq
 def _refuse_changes(run: Run, recipe: recipes.Recipe, allowed: Sequence[str]) -> None:
     if recipes.digest(run.recipe) == recipes.digest(recipe):
         return
-    changes = [change for change in recipes.diff(run.recipe, recipe) if change[0] not in allowed]
+    changes = [
+        change
+        for change in recipes.diff(run.recipe, recipe)
+        if change[0] not in allowed and recipes.decides(change[0])
+    ]
     shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes[:5])
     if shown:
         raise errors.RunError(
@@ -317,7 +321,10 @@ def known(root: Path = ROOT) -> list[Run]:
     """Every finished run under `root`, the newest last."""
     finished = []
     for path in sorted(root.glob("**/run.json")) if root.is_dir() else []:
-        manifest = read_json(path)
+        try:
+            manifest = read_json(path)
+        except errors.RunError:
+            continue  # damaged, so not finished; it is told of when it is named
         if manifest.get("state") == "finished":
             finished.append((str(manifest.get("finished", "")), Run(path.parent)))
     return [run for _, run in sorted(finished, key=lambda pair: (pair[0], str(pair[1].dir)))]

@@ -167,6 +167,15 @@ class Template(records.Record):
         sources = [*self.prompts, self.response or "", _printed(self.references)]
         return {name for source in sources for name in _names(source)} - self._own()
 
+    def prompt_columns(self) -> set[str]:
+        """The columns that prompts read and the answer does not: what may be cut to fit."""
+        answer = (self.response or "", _printed(self.references))
+        asked, told = (
+            {name for source in sources for name in _names(source)}
+            for sources in (self.prompts, answer)
+        )
+        return asked - told - self._own()
+
     def _own(self) -> set[str]:
         return {*self.values, *(("choices",) if self.choices else ())}
 

@@ -9,25 +9,31 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from itune import batches, checkpoints, errors, losses, models, recipes, runs, signals
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from itune import data
+from itune import (
+    batches,
+    checkpoints,
+    errors,
+    feeding,
+    jobs,
+    losses,
+    optimizers,
+    plans,
+    recipes,
+    rowlosses,
+    runs,
+    signals,
+    timing,
+)
 
 MAX_BAD_STEPS = 3
-
-Collate = Callable[["data.Corpus", "np.ndarray"], batches.Batch]
 
 
 class Watcher(Protocol):
@@ -42,127 +48,24 @@ class Watcher(Protocol):
     def say(self, text: str) -> None:
         """A sentence for the user."""
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for the user."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How training ended. Losses are in nats a token; seconds are of training alone."""
+    """How training ended. Losses are in nats a token; seconds are of training alone.
+
+    `waited`: seconds of them in which a step had to wait for its rows.
+    """
 
     steps: int
     tokens: int
     supervised_tokens: int
     seconds: float
+    waited: float
     loss: float
     heldout_loss: float | None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is trained on what: everything but the settings."""
-
-    model: Any
-    corpus: data.Corpus
-    heldout: data.Corpus | None
-    plan: batches.Plan
-    collate: Collate
-    micro_batch_tokens: int
-
-
-def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
-    """Accelerate's handle on processes, precision and trackers, for a recipe."""
-    mixed = place.dtype == torch.bfloat16 and recipe.adapter is None
-    trackers = list(recipe.tracking.log_with)
-    made = Accelerator(
-        cpu=place.device.type == "cpu",
-        mixed_precision="bf16" if mixed else "no",
-        log_with=trackers or None,
-        project_dir=str(recipe.output.dir) if trackers else None,
-    )
-    if trackers:
-        made.init_trackers(recipe.tracking.project_name)
-    return made
-
-
-# --- optimiser and schedule ---------------------------------------------------------------
-
-
-def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
-    """The optimiser that `training.optim` names, over the trainable parameters.
-
-    Matrices decay, vectors (biases, norms) do not.
-    """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if settings.optim == "sgd":
-        return torch.optim.SGD(_groups(named, settings), lr=settings.learning_rate)
-    if settings.optim == "adafactor":
-        return transformers.Adafactor(
-            _groups(named, settings),
-            lr=settings.learning_rate,
-            scale_parameter=False,
-            relative_step=False,
-        )
-    return _adamw(named, settings, fused=settings.optim != "adamw_torch")
-
-
-def _groups(named: list[tuple[str, Any]], settings: recipes.Training) -> list[dict[str, Any]]:
-    decayed = [p for _, p in named if p.ndim >= 2]
-    spared = [p for _, p in named if p.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _adamw(
-    named: list[tuple[str, Any]], settings: recipes.Training, *, fused: bool
-) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        _groups(named, settings),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        eps=settings.adam_epsilon,
-        fused=fused,
-    )
-
-
-def schedule(made: torch.optim.Optimizer, settings: recipes.Training, steps: int) -> Any:
-    """The learning-rate schedule of transformers that `lr_scheduler_type` names."""
-    warmup = settings.warmup_steps
-    try:
-        return transformers.get_scheduler(
-            settings.lr_scheduler_type,
-            made,
-            num_warmup_steps=math.ceil(warmup * steps) if warmup < 1 else int(warmup),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
-        )
-    except (ValueError, TypeError) as error:
-        known = [str(kind.value) for kind in transformers.SchedulerType]
-        raise errors.RecipeError(
-            f"training.lr_scheduler_type: {settings.lr_scheduler_type!r}: "
-            f"{' '.join(str(error).split())}.{errors.nearest(settings.lr_scheduler_type, known)}"
-        ) from error
-
-
-# --- measuring ----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(job: Job, corpus: data.Corpus, accelerator: Accelerator) -> float:
-    """Mean loss in nats over a corpus's targets, the same on every rank."""
-    model = job.model
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(corpus)), key=lambda row: -int(corpus.lengths[row]))
-    pieces = batches.micro_batches(order, corpus.lengths, job.micro_batch_tokens, padded=True)
-    total = torch.zeros((), dtype=torch.float64)
-    for rows in pieces[accelerator.process_index :: accelerator.num_processes]:
-        batch = job.collate(corpus, rows).to(accelerator.device)
-        with accelerator.autocast():
-            total += losses.summed(accelerator.unwrap_model(model), batch).double().cpu()
-    model.train(was_training)
-    summed = accelerator.reduce(total.to(accelerator.device, torch.float64), "sum")
-    return float(summed) / max(1, int(corpus.targets.sum()))
 
 
 # --- the loop -----------------------------------------------------------------------------
@@ -176,12 +79,13 @@ class _Progress:
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
     bad_steps: int = 0
     heldout_loss: float | None = None
 
 
 def fit(
-    job: Job,
+    job: jobs.Job,
     settings: recipes.Training,
     run: runs.Run,
     accelerator: Accelerator,
@@ -205,7 +109,7 @@ class _Loop:
 
     def __init__(
         self,
-        job: Job,
+        job: jobs.Job,
         settings: recipes.Training,
         run: runs.Run,
         accelerator: Accelerator,
@@ -217,19 +121,20 @@ class _Loop:
             accelerator,
             watcher,
         )
-        made = optimizer(job.model, settings)
+        made = optimizers.optimizer(job.model, settings)
         self.raw_optimizer = made
-        self.scheduler = schedule(made, settings, len(job.plan))
+        self.scheduler = optimizers.schedule(made, settings, len(job.plan))
         model, self.optimizer = accelerator.prepare(job.model, made)
-        self.job = Job(
-            model, job.corpus, job.heldout, job.plan, job.collate, job.micro_batch_tokens
-        )
+        self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.at = _Progress()
+        self.clock = timing.Clock()
+        self.row_losses: rowlosses.File | None = None
+        self.records: list[dict[str, Any]] = []
         self.run_id = str(run.manifest["id"])
         total = len(job.plan)
-        self.save_every = batches.share_or_count(settings.save_steps, total)
-        self.eval_every = batches.share_or_count(settings.eval_steps, total)
+        self.save_every = plans.share_or_count(settings.save_steps, total)
+        self.eval_every = plans.share_or_count(settings.eval_steps, total)
 
     # --- checkpoints ---
 
@@ -290,23 +195,50 @@ class _Loop:
     def train(self) -> None:
         """Every step of the plan that is not done yet."""
         self.job.model.train()
-        total = len(self.job.plan)
-        while self.at.step < total:
-            started = time.monotonic()
-            record = self._step(self.job.plan.steps[self.at.step])
-            self.at.seconds += time.monotonic() - started
-            if self._due(self.eval_every) and self.job.heldout is not None:
-                self.at.heldout_loss = measure(self.job, self.job.heldout, self.accelerator)
-                record["heldout_loss"] = self.at.heldout_loss
+        if self.settings.row_losses:
+            self.row_losses = rowlosses.File(self.run.dir, self.at.step)
+        left = len(self.job.plan) - self.at.step
+        watched = self.settings.profile and self.accelerator.is_main_process
+        profile = timing.Profile(self.run.dir, on=watched, left=left)
+        self.feed = feeding.Feed(
+            self.job.plan,
+            self.job.corpus,
+            self.job.collate,
+            rank=self.accelerator.process_index,
+            start=self.at.step,
+            device=self.accelerator.device,
+        )
+        with self.feed, contextlib.closing(profile):
+            for _ in range(left):
+                profile.step()
+                self._advance()
+            profile.step()
+        self.clock.add("waiting for rows", self.feed.waited)
+        if watched:
+            title, columns = timing.title(profile), ("phase or operator", "seconds", "share")
+            self.watcher.table(title, columns, timing.rows(self.clock, profile))
+
+    def _advance(self) -> None:
+        """One step, and what falls due after it."""
+        started, waited = time.monotonic(), self.feed.waited
+        record = self._step(self.feed.step())
+        self.at.seconds += time.monotonic() - started
+        self.at.waited += self.feed.waited - waited
+        if self._due(self.eval_every) and self.job.heldout is not None:
+            with self.clock.phase("held-out loss"):
+                self.at.heldout_loss = jobs.measure(self.job, self.job.heldout, self.accelerator)
+            record["heldout_loss"] = self.at.heldout_loss
+        with self.clock.phase("log"):
             self._report({**record, "seconds": round(self.at.seconds, 3)})
-            stopping = self._asked_to_stop()
-            if self._due(self.save_every) or stopping:
+        stopping = self._asked_to_stop()
+        if self._due(self.save_every) or stopping:
+            with self.clock.phase("checkpoint"):
                 self.save()
-            if stopping:
-                raise errors.Interrupted(
-                    f"stopped by {stopping} after step {self.at.step} of {total}, with a "
-                    "checkpoint. Run the same command again to go on."
-                )
+        if stopping:
+            raise errors.Interrupted(
+                f"stopped by {stopping} after step {self.at.step} of {len(self.job.plan)}, with a "
+                "checkpoint. Run the same command again to go on."
+            )
 
     def _due(self, every: int) -> bool:
         return self.at.step % every == 0 or self.at.step == len(self.job.plan)
@@ -317,16 +249,11 @@ class _Loop:
         asked = [name for name in gather_object([signals.LISTENER.asked]) if name]
         return asked[0] if asked else None
 
-    def _step(self, step: batches.Step) -> dict[str, Any]:
+    def _step(self, step: plans.Step) -> dict[str, Any]:
         rate = float(self.scheduler.get_last_lr()[-1])
         summed = self._gradients(step)
-        norm = self._norm()
-        loss = float(self.accelerator.reduce(summed, "sum")) / max(1, step.targets)
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.optimizer.step()
-            self.at.bad_steps = 0
-        else:
-            self._bad(loss, norm)
+        with self.clock.phase("optimizer"):
+            loss, norm = self._apply(summed, step)
         with warnings.catch_warnings():
             # A first step that is not applied is no mistake in the order of calls.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
@@ -345,32 +272,52 @@ class _Loop:
             "supervised_tokens": self.at.supervised_tokens,
         }
 
-    def _gradients(self, step: batches.Step) -> torch.Tensor:
+    def _gradients(self, step: plans.Step) -> torch.Tensor:
         """Accumulate the step's gradient; returns this rank's summed loss, a scalar."""
-        world = self.accelerator.num_processes
-        mine = step.ranks[self.accelerator.process_index]
         summed = torch.zeros((), device=self.accelerator.device)
         # DistributedDataParallel averages over ranks: times their number gives the sum again.
-        scale = world / max(1, step.targets)
-        for number, rows in enumerate(mine):
-            batch = self.job.collate(self.job.corpus, rows).to(self.accelerator.device)
-            last = number == len(mine) - 1
-            waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(self.job.model)
-            with waiting:
-                with self.accelerator.autocast():
-                    loss = losses.summed(self.job.model, batch)
-                self.accelerator.backward(loss * scale)
-            summed += loss.detach()
-        if not mine:  # fewer rows than ranks: this one still takes part in the reduction
-            batch = self.job.collate(self.job.corpus, step.ranks[0][0][:1])
-            loss = losses.summed(self.job.model, batch.to(self.accelerator.device))
-            self.accelerator.backward(loss * 0.0)
+        scale = self.accelerator.num_processes / max(1, step.targets)
+        count = max(map(len, step.ranks))
+        mine = len(step.ranks[self.accelerator.process_index])
+        for number, (rows, batch) in enumerate(self.feed.batches(mine)):
+            each: losses.Each | None = None if self.row_losses is None else []
+            summed += self._backward(batch, scale, last=number == count - 1, each=each)
+            if each is not None:
+                self.records += rowlosses.of_batch(self.job.corpus, rows, batch, each)
+        for number in range(mine, count):  # fewer rows than others: it still meets them each time
+            spare = self.job.collate(self.job.corpus, step.ranks[0][0][:1])
+            self._backward(spare.to(summed.device), 0.0, last=number == count - 1)
         return summed
 
-    def _norm(self) -> float:
+    def _backward(
+        self, batch: batches.Batch, scale: float, *, last: bool, each: losses.Each | None = None
+    ) -> torch.Tensor:
+        """Add a micro-batch's gradient, `scale` times; returns its summed loss."""
+        model = self.job.model
+        waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
+        with waiting:
+            with self.clock.phase("forward"), self.accelerator.autocast():
+                loss = losses.summed(model, batch, head=self.job.path.head, each=each)
+            with self.clock.phase("backward"):
+                self.accelerator.backward(loss * scale)
+        return loss.detach()
+
+    def _apply(self, summed: torch.Tensor, step: plans.Step) -> tuple[float, float]:
+        """The optimiser's step unless something is not finite; returns (loss, gradient norm)."""
         limit = self.settings.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        return float("nan") if norm is None else float(norm)
+        total = self.accelerator.reduce(summed, "sum")
+        if norm is None:
+            norm = torch.full_like(total, math.nan)
+        # The one place in a step where the device is waited for.
+        total, norm = torch.stack([total, norm.to(total)]).tolist()
+        loss = total / max(1, step.targets)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.at.bad_steps = 0
+        else:
+            self._bad(loss, norm)
+        return loss, norm
 
     def _bad(self, loss: float, norm: float) -> None:
         self.at.bad_steps += 1
@@ -387,6 +334,10 @@ class _Loop:
         )
 
     def _report(self, record: dict[str, Any]) -> None:
+        if self.row_losses is not None:
+            found, self.records = gather_object(self.records), []
+            if self.accelerator.is_main_process:
+                self.row_losses.add(record["step"], record["epoch"], found)
         if self.accelerator.is_main_process:
             self.run.log(record)
             if self.accelerator.trackers and record["step"] % self.settings.logging_steps == 0:
@@ -404,6 +355,7 @@ class _Loop:
             tokens=self.at.tokens,
             supervised_tokens=self.at.supervised_tokens,
             seconds=round(self.at.seconds, 3),
+            waited=round(self.at.waited, 3),
             loss=sum(finite) / len(finite) if finite else float("nan"),
             heldout_loss=self.at.heldout_loss,
         )

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).with_name("kills.py")
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_end_as_if_they_had_not_been(tiny_model_dir: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "--kills", "20", "--model", str(tiny_model_dir)],

@@ -1,0 +1,91 @@
+"""What a run leaves: its model, the base it needs, the card, and the adapter folded in.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itune import adapters, decoding, encoding, models, recipes, runs, storage, training
+
+Say = Callable[[str], None]
+
+
+def base_of(recipe: recipes.Recipe, run: runs.Run, model: Any, tokenizer: Any) -> str:
+    """The name of the model that an adapter goes on, as its config keeps it: an id or a folder.
+
+    Where the recipe names an adapter, it was folded into its own base: that is written to the
+    run's `base/`, since nobody else has it.
+    """
+    if recipe.model.name is None:
+        return recipe.name
+    location = models.resolve(recipe.model.name)
+    if models.adapter_of(location) is None:
+        # A path relative to where one stands would be found from there alone.
+        return str(Path(location).absolute()) if Path(location).is_dir() else location
+    folder = run.dir / "base"
+    if not folder.is_dir():
+        staged = run.dir / ".base"
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        storage.DISK.rename(staged, folder)
+    return str(folder.absolute())
+
+
+def finish(
+    recipe: recipes.Recipe,
+    run: runs.Run,
+    model: Any,
+    encoder: encoding.Encoder,
+    outcome: training.Outcome,
+    say: Say,
+) -> None:
+    """Write the model, say that the run is finished, and merge where that is asked for.
+
+    Raises ModelError when the merged model would answer otherwise; the run is finished then too.
+    """
+    staged = run.dir / ".model"
+    model.eval()
+    model.generation_config = decoding.settings(recipe.generation, encoder)
+    model.config.use_cache = True
+    model.save_pretrained(staged)
+    model.generation_config.save_pretrained(staged)
+    encoder.tokenizer.save_pretrained(staged)
+    storage.write(staged / "README.md", runs.card(run, recipe, asdict(outcome)))
+    if run.model_dir.is_dir():  # of a run that was killed before it said that it is finished
+        storage.DISK.remove(run.model_dir)
+    storage.DISK.rename(staged, run.model_dir)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    run.update(state="finished", finished=now.isoformat("T", "microseconds"), **asdict(outcome))
+    heldout = "" if outcome.heldout_loss is None else f", held-out loss {outcome.heldout_loss:.4f}"
+    say(
+        f"done: {outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s "
+        f"({outcome.tokens / max(outcome.seconds, 1e-9):,.0f} a second)"
+    )
+    say(f"loss {outcome.loss:.4f} over the last twentieth{heldout}")
+    if recipe.output.merge and recipe.adapter is not None:
+        merge(run, say)
+    say(f"the model is in {run.model_dir}")
+
+
+def merge(run: runs.Run, say: Say) -> None:
+    """Fold a finished run's adapter into its base, as the base was before any quantisation."""
+    encoder = encoding.Encoder(models.tokenizer(str(run.model_dir)))
+    place = models.placement(recipes.Model(name=str(run.model_dir)))
+    model = adapters.on_base(run.model_dir, place.device, place.dtype)
+    ids = torch.tensor([encoder.text_ids("What is shown here?")], device=place.device)
+    staged = run.dir / ".merged"
+    difference = adapters.merge_and_prove(model, ids, staged)
+    encoder.tokenizer.save_pretrained(staged)
+    folder = run.dir / "merged"
+    if folder.is_dir():
+        storage.DISK.remove(folder)
+    storage.DISK.rename(staged, folder)
+    say(f"merged: logits within {difference:.1e} of the adapter's; the model is in {folder}")

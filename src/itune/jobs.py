@@ -1,0 +1,86 @@
+"""What is trained on what: the parts of a run put together, and its held-out loss.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from itune import batches, errors, losses, models, plans, probing, recipes
+
+if TYPE_CHECKING:
+    from itune import data
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what: everything but the settings."""
+
+    model: Any
+    corpus: data.Corpus
+    heldout: data.Corpus | None
+    plan: plans.Plan
+    collate: batches.Collate
+    path: probing.Path
+
+
+def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
+    """Accelerate's handle on processes, precision and trackers, for a recipe."""
+    mixed = place.dtype == torch.bfloat16 and recipe.adapter is None
+    trackers = list(recipe.tracking.log_with)
+    _check_trackers(trackers)
+    made = Accelerator(
+        cpu=place.device.type == "cpu",
+        mixed_precision="bf16" if mixed else "no",
+        log_with=trackers or None,
+        project_dir=str(recipe.output.dir) if trackers else None,
+    )
+    if trackers:
+        made.init_trackers(recipe.tracking.project_name)
+    return made
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that Accelerate does not know or would leave out in silence."""
+    from accelerate import tracking
+
+    for name in names:
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            raise errors.RecipeError(
+                f"tracking.log_with: unknown {name!r}."
+                f"{errors.nearest(name, map(str, tracking.LOGGER_TYPE_TO_CLASS))}"
+            )
+        if name not in map(str, tracking.get_available_trackers()):
+            raise errors.EnvironmentRefusal(
+                f"tracking.log_with: {name} is not installed. Run: pip install {name}"
+            )
+
+
+# --- measuring ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(job: Job, corpus: data.Corpus, accelerator: Accelerator) -> float:
+    """Mean loss in nats over a corpus's targets, the same on every rank."""
+    model = job.model
+    was_training = model.training
+    model.eval()
+    lengths = corpus.lengths
+    order = np.argsort(-lengths, kind="stable")
+    limit = job.plan.micro_batch_tokens
+    pieces = batches.micro_batches(order, lengths, limit, padded=job.path.padded)
+    total = torch.zeros((), dtype=torch.float64)
+    for rows in pieces[accelerator.process_index :: accelerator.num_processes]:
+        batch = job.collate(corpus, rows).to(accelerator.device)
+        with accelerator.autocast():
+            loss = losses.summed(accelerator.unwrap_model(model), batch, head=job.path.head)
+        total += loss.double().cpu()
+    model.train(was_training)
+    summed = accelerator.reduce(total.to(accelerator.device, torch.float64), "sum")
+    return float(summed) / max(1, int(corpus.targets.sum()))

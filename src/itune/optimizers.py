@@ -1,0 +1,73 @@
+"""The optimiser over what is trained, and the schedule of its learning rate.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import transformers
+
+from itune import errors, recipes
+
+
+def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
+    """The optimiser that `training.optim` names, over the trainable parameters.
+
+    Matrices decay, vectors (biases, norms) do not.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if settings.optim == "sgd":
+        return torch.optim.SGD(_groups(named, settings), lr=settings.learning_rate)
+    if settings.optim == "adafactor":
+        return transformers.Adafactor(
+            _groups(named, settings),
+            lr=settings.learning_rate,
+            scale_parameter=False,
+            relative_step=False,
+        )
+    return _adamw(named, settings, fused=settings.optim != "adamw_torch")
+
+
+def _groups(named: list[tuple[str, Any]], settings: recipes.Training) -> list[dict[str, Any]]:
+    decayed = [p for _, p in named if p.ndim >= 2]
+    spared = [p for _, p in named if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _adamw(
+    named: list[tuple[str, Any]], settings: recipes.Training, *, fused: bool
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        _groups(named, settings),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_epsilon,
+        fused=fused,
+    )
+
+
+def schedule(made: torch.optim.Optimizer, settings: recipes.Training, steps: int) -> Any:
+    """The learning-rate schedule of transformers that `lr_scheduler_type` names."""
+    warmup = settings.warmup_steps
+    try:
+        return transformers.get_scheduler(
+            settings.lr_scheduler_type,
+            made,
+            num_warmup_steps=math.ceil(warmup * steps) if warmup < 1 else int(warmup),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=dict(settings.lr_scheduler_kwargs),
+        )
+    except (ValueError, TypeError) as error:
+        known = [str(kind.value) for kind in transformers.SchedulerType]
+        raise errors.RecipeError(
+            f"training.lr_scheduler_type: {settings.lr_scheduler_type!r}: "
+            f"{' '.join(str(error).split())}.{errors.nearest(settings.lr_scheduler_type, known)}"
+        ) from error

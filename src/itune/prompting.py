@@ -1,0 +1,155 @@
+"""What `itune generate` is asked: prompts from options, standard input and files; kept answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from itune import errors, storage, templates
+
+if TYPE_CHECKING:
+    from itune import formats
+
+Conversation = tuple[str, "list[formats.Message]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be answered, and by which model."""
+
+    prompts: tuple[str, ...] = ()
+    run: Path | None = None
+    model: str | None = None
+    input: Path | None = None
+    template: str | None = None
+    fields: tuple[str, ...] = ()
+
+
+def check(asked: Asked, output: Path | None) -> None:
+    """Refuse options that contradict each other or could not be followed in the end."""
+    if asked.run is not None and asked.model is not None:
+        raise errors.OptionError("--run and --model: which one answers? Keep one.")
+    if asked.input is not None and output is None:
+        raise errors.OptionError("--input: where to? Name the file with --output FILE.")
+    if output is None:
+        return
+    if output.is_dir():
+        raise errors.OptionError(f"--output {output}: a folder. Name a file.")
+    if not output.absolute().parent.is_dir():
+        raise errors.OptionError(f"--output {output}: there is no folder {output.parent}. Make it.")
+    if asked.input is not None and asked.input.absolute() == output.absolute():
+        raise errors.OptionError(f"--output {output}: is the input too. Name another file.")
+
+
+def conversations(asked: Asked) -> list[Conversation]:
+    """(prompt as shown, messages) of each thing that is asked, in order. Raises OptionError."""
+    found = list(_conversations(asked))
+    if not found:
+        raise errors.OptionError(
+            "no prompt. Give one or more on the command line, - for standard input, or --input "
+            "FILE with a JSON object a line."
+        )
+    return found
+
+
+def answered(path: Path, prompts: Sequence[str]) -> int:
+    """How many of the prompts a file answers already; a line that a kill tore is taken out.
+
+    Raises OptionError for a file that holds anything else than answers to these prompts: nothing
+    of it is touched.
+    """
+    if not path.is_file():
+        return 0
+    *whole, torn = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        known = isinstance(found, dict) and "response" in found and number <= len(prompts)
+        if not known or found["prompt"] != prompts[number - 1]:
+            raise errors.OptionError(
+                f"--output {path}: line {number} is no answer to prompt {number}. "
+                "Name another file, or take that one away."
+            )
+    if torn and not torn.startswith(b'{"prompt": '[: len(torn)]):
+        raise errors.OptionError(
+            f"--output {path}: holds something else than answers. Name another file."
+        )
+    if torn:
+        storage.write(path, b"".join(line + b"\n" for line in whole).decode())
+    return len(whole)
+
+
+def _conversations(asked: Asked) -> Iterator[tuple[str, list[Any]]]:
+    """(prompt as shown, messages) of each thing that is asked, in order."""
+    template = templates.load(asked.template) if asked.template else None
+    if asked.fields:
+        if template is None:
+            raise errors.OptionError("--field: for which template? Name it with --template NAME.")
+        yield _asked(_fields(asked.fields), "--field", template)
+    for prompt in asked.prompts:
+        text = sys.stdin.read().strip() if prompt == "-" else prompt
+        names = ["prompt"] if template is None else sorted(template.columns())
+        yield _asked(dict.fromkeys(names, text), "prompt", template)
+    if asked.input is not None:
+        for number, row in _json_lines(asked.input):
+            yield _asked(row, f"{asked.input}:{number}", template)
+
+
+def _asked(
+    row: Mapping[str, Any], where: str, template: templates.Template | None
+) -> tuple[str, list[Any]]:
+    from itune import formats
+
+    if "messages" in row and template is None:
+        turns = list(formats.conversation(row, answered=False).messages)
+        return turns[-1].content, turns
+    prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        cure = (
+            "It is empty."
+            if where == "prompt"
+            else "A row needs `prompt`, `messages`, or --template with its fields."
+        )
+        raise errors.DataError(f"{where}: no prompt. {cure}")
+    system = [formats.Message("system", template.system)] if template and template.system else []
+    return prompt, [*system, formats.Message("user", prompt)]
+
+
+def _fields(given: Sequence[str]) -> dict[str, str]:
+    row = {}
+    for item in given:
+        key, sign, value = item.partition("=")
+        if not sign or not key:
+            raise errors.OptionError(f"--field {item}: expected key=value.")
+        row[key] = value
+    return row
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not path.is_file():
+        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise errors.DataError(
+                    f"{path}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
+                    f"{error.start}. Convert the file with iconv."
+                ) from error
+            except ValueError as error:
+                raise errors.DataError(f"{path}:{number}: not JSON: {error}. Mend it.") from error
+            if not isinstance(row, dict):
+                raise errors.DataError(
+                    f"{path}:{number}: expected an object {{...}}, found a "
+                    f"{type(row).__name__}. Mend the line."
+                )
+            yield number, row

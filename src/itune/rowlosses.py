@@ -1,0 +1,69 @@
+"""`row_losses.jsonl`: the mean loss of every training row at every visit.
+
+The shortest way to bad data: what a model cannot learn after others like it is often mislabelled,
+cut or empty. Needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from itune import batches, storage
+
+if TYPE_CHECKING:
+    from itune import data
+
+NAME = "row_losses.jsonl"
+
+
+def of_batch(
+    corpus: data.Corpus, rows: np.ndarray, batch: batches.Batch, each: Sequence[torch.Tensor]
+) -> list[dict[str, Any]]:
+    """A record for each row of a micro-batch that learns anything.
+
+    `each`: the loss of every target in nats, [targets] in one or several tensors.
+    """
+    owners = batch.owners()
+    sums = torch.zeros(len(rows), dtype=torch.float64, device=owners.device)
+    sums.index_add_(0, owners, torch.cat(list(each)).double())
+    counts = torch.bincount(owners, minlength=len(rows))
+    records = []
+    for row, total, count in zip(rows.tolist(), sums.tolist(), counts.tolist(), strict=True):
+        if count:
+            source = int(corpus.source[row])
+            records.append(
+                {
+                    "path": corpus.sources[source].path,
+                    "row": int(corpus.row[row]) + 1,
+                    "wording": int(corpus.wording[row]),
+                    "loss": round(total / count, 6),
+                    "tokens": count,
+                }
+            )
+    return records
+
+
+class File:
+    """The file in a run's folder. Lines after the step that a run resumes from are taken out."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.path = folder / NAME
+        if self.path.is_file():
+            *lines, _torn_by_a_kill = self.path.read_text(encoding="utf-8").split("\n")
+            storage.write(self.path, "".join(f"{line}\n" for line in lines if _before(line, step)))
+
+    def add(self, step: int, epoch: float, records: Sequence[dict[str, Any]]) -> None:
+        """One step's rows."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
+
+
+def _before(line: str, step: int) -> bool:
+    return int(json.loads(line)["step"]) <= step

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 
-from itune import data, encoding, recipes
+from itune import data, encoding, models, recipes
 
 
 def corpus(rows: int, *, dropped: int | None = None, weight: float = 1.0) -> data.Corpus:
@@ -52,3 +55,40 @@ def test_pieces_of_one_text_are_spread_over_the_epoch() -> None:
     order = made.epoch(0, 1)
     assert sorted(order.tolist()) == list(range(400))
     assert len(set(made.row[order[:40]].tolist())) == 4
+
+
+def test_where_a_prompt_is_cut_does_not_tell_its_answer(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    (tmp_path / "judge.yaml").write_text(
+        "task: classification\nchoices: [bad, surprisingly wonderful]\n"
+        'prompts: ["{{ text }} How is it?"]\nresponse: "{{ choices[label] }}"\n'
+    )
+    text = "the cat sees the red ball at home today and never finds some bread " * 4
+    rows = [{"text": text, "label": label} for label in (0, 1)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    source = recipes.Source(path="rows.jsonl", template="./judge.yaml")
+    made = data.corpus([source], encoder, recipes.Training(max_length=80))
+    prompts = [
+        ids[: int(np.argmax(learnt))].tolist() for ids, learnt in map(made.example, range(2))
+    ]
+    assert made.truncated.tolist() == [1, 1]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_long_instruction_is_cut_beside_a_long_answer(
+    tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    row = {
+        "instruction": "find the old book " * 20,
+        "input": "",
+        "output": "the small dog likes it " * 12,
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    source = recipes.Source(path="rows.jsonl", template="alpaca")
+    made = data.corpus([source], encoder, recipes.Training(max_length=250))
+    ids, learnt = made.example(0)
+    assert encoder.decode(ids[learnt].tolist()).strip() == row["output"].strip()
+    assert len(ids) <= 250

@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -84,6 +85,7 @@ def merge(run: runs.Run, say: Say) -> None:
     staged = run.dir / ".merged"
     difference = adapters.merge_and_prove(model, ids, staged)
     encoder.tokenizer.save_pretrained(staged)
+    shutil.copy(run.model_dir / "generation_config.json", staged)
     folder = run.dir / "merged"
     if folder.is_dir():
         storage.DISK.remove(folder)

@@ -86,7 +86,9 @@ def size(wanted: recipes.Model) -> int:
             name,
             lambda: transformers.AutoConfig.from_pretrained(base, revision=wanted.revision),
         )
-    auto = getattr(transformers, CLASSES[wanted.family or family(config)])
+    kind = wanted.family or family(config)
+    _only_causal(kind, wanted.name or "model.from_scratch")
+    auto = getattr(transformers, CLASSES[kind])
     with torch.device("meta"):
         made = from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
         return sum(p.numel() for p in made.parameters())

@@ -1,0 +1,111 @@
+"""What a run leaves is whole after any kill, loads from anywhere, and merges late as well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+RECIPE = """
+model: {name: MODEL}
+adapter: {peft_type: lora, r: 4, target_modules: all-linear}
+data: {train: {path: rows.jsonl}}
+training: {max_steps: 4, tokens_per_step: 300, max_length: 128, learning_rate: 1.0e-2}
+generation: {max_new_tokens: 6}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    rows = [{"prompt": f"Where is {k}?", "completion": f"in room {k % 5}"} for k in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "lora.yaml").write_text(RECIPE.replace("MODEL", "./model"))
+    return tmp_path
+
+
+def test_a_run_killed_after_its_model_was_written_is_finished_by_the_same_command(
+    folder: Path, cli: Cli
+) -> None:
+    assert cli("tune", "-r", "lora.yaml").code == 0
+    run = folder / "runs/lora"
+    whole = (run / "model/adapter_model.safetensors").read_bytes()
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**manifest, "state": "running"}))
+    again = cli("tune", "-r", "lora.yaml")
+    assert again.code == 0, again.err
+    assert (run / "model/adapter_model.safetensors").read_bytes() == whole
+    assert json.loads((run / "run.json").read_text())["state"] == "finished"
+
+
+def test_merging_is_done_later_too_and_changes_no_answer(folder: Path, cli: Cli) -> None:
+    assert cli("tune", "-r", "lora.yaml").code == 0
+    late = cli("tune", "-r", "lora.yaml", "-s", "output.merge=true")
+    assert late.code == 0, late.err
+    assert "merged: logits within" in late.err
+    ask = ("generate", "--json", "Where is 7?", "-s", "generation.max_new_tokens=6")
+    assert cli(*ask, "--run", "runs/lora").out == cli(*ask, "--model", "runs/lora/merged").out
+
+
+def test_what_cannot_be_merged_is_refused_before_training(folder: Path, cli: Cli) -> None:
+    ended = cli(
+        "tune", "-r", "lora.yaml", "-s", "output.merge=true",
+        "-s", "adapter={peft_type: prompt_tuning, num_virtual_tokens: 4}",
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "output.merge" in ended.err
+    assert not (folder / "runs/lora/log.jsonl").exists()
+
+
+def test_an_adapter_on_an_adapter_is_whole_by_itself(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    assert cli("tune", "-r", "lora.yaml", "-o", "runs/one").code == 0
+    two = ("tune", "-r", "lora.yaml", "-o", "runs/two", "-s", "model.name=runs/one")
+    made = cli(*two, "-s", "output.merge=true", "-s", "training.seed=3")
+    assert made.code == 0, made.err
+    assert cli("generate", "--run", "runs/two", "Where is 3?").code == 0
+    # From elsewhere, by peft alone, and on what the first tuning had learnt.
+    monkeypatch.chdir("/")
+    alone = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "runs/two/model")
+    whole = transformers.AutoModelForCausalLM.from_pretrained(folder / "runs/two/merged")
+    ids = torch.arange(4, 40)[None]
+    with torch.inference_mode():
+        difference = (alone(ids).logits - whole(ids).logits).abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "said"),
+    [
+        ("generation.max_new_token=5", 2, "max_new_tokens"),
+        ("generation.num_return_sequences=2", 2, "one answer"),
+        ("training.max_steps=0", 2, "-1 for epochs"),
+        ("tracking.log_with=[nope]", 2, "unknown 'nope'"),
+        ("tracking.log_with=[wandb]", 3, "not installed"),
+        ("model.family=masked", 2, "masked"),
+    ],
+)
+def test_what_could_fail_late_fails_before_the_first_step(
+    option: str, code: int, said: str, folder: Path, cli: Cli
+) -> None:
+    ended = cli("tune", "-r", "lora.yaml", "-s", option)
+    assert (ended.code, "Traceback" in ended.err) == (code, False), ended.err
+    assert said in ended.err
+    assert not (folder / "runs/lora/log.jsonl").exists()
+
+
+def test_other_settings_for_answers_are_no_other_run(folder: Path, cli: Cli) -> None:
+    assert cli("tune", "-r", "lora.yaml").code == 0
+    again = cli("tune", "-r", "lora.yaml", "-s", "generation.max_new_tokens=9")
+    assert again.code == 0, again.err
+    assert "already complete" in again.err

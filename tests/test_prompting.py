@@ -1,0 +1,76 @@
+"""What `itune generate` writes to: its own answers alone, and each of them once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def line(tmp_path: Path, tiny_model_dir: Path) -> list[str]:
+    prompts = ["What is here?", "two\u2028lines", "an \x85 odd one"]
+    rows = "".join(json.dumps({"prompt": each}) + "\n" for each in prompts)
+    (tmp_path / "in.jsonl").write_text(rows)
+    few = ["-s", "generation.max_new_tokens=3"]
+    return ["generate", "--model", str(tiny_model_dir), *few, "--input", "in.jsonl", "--output"]
+
+
+@pytest.mark.parametrize("content", ["my notes\nline 2\n", '{"a": 1}\nnot json\n', "no line end"])
+def test_a_file_of_something_else_is_left_alone(
+    content: str, line: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    (tmp_path / "notes.txt").write_text(content)
+    ended = cli(*line, "notes.txt")
+    assert ended.code == 2, ended.err
+    assert "notes.txt" in ended.err
+    assert (tmp_path / "notes.txt").read_text() == content
+
+
+def test_answers_are_kept_whatever_their_characters(
+    line: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    assert cli(*line, "out.jsonl").code == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    again = cli(*line, "out.jsonl")
+    assert "3 of 3 are answered already" in again.err
+    (tmp_path / "out.jsonl").write_bytes(whole[: whole.index(b"\n") + 15])
+    torn = cli(*line, "out.jsonl")
+    assert "1 of 3 are answered already" in torn.err
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_answers_to_other_prompts_are_not_taken_for_these(
+    line: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    assert cli(*line, "out.jsonl").code == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Another?"}\n{"prompt": "One more?"}\n')
+    ended = cli(*line, "out.jsonl")
+    assert ended.code == 2
+    assert "line 1 is no answer to prompt 1" in ended.err
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [("nowhere/out.jsonl", "no folder"), (".", "a folder"), ("in.jsonl", "the input too")],
+)
+def test_an_output_that_could_not_be_written_is_refused_first(
+    output: str, said: str, line: list[str], cli: Cli
+) -> None:
+    ended = cli(*line, output)
+    assert ended.code == 2
+    assert said in ended.err
+
+
+def test_a_broken_input_is_told_with_its_line(line: list[str], tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "M\xfcnchen"}\n')
+    ended = cli(*line, "out.jsonl")
+    assert ended.code == 2
+    assert "in.jsonl:2: not UTF-8, byte 0xfc" in ended.err

@@ -72,6 +72,7 @@ ORDER = (
     "scoreboard",
     "console",
     "prompting",
+    "starting",
     "finishing",
     "firsts",
     "previewing",

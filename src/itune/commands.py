@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from itune import console, errors, launching, prompting, recipes, runs, signals
 
 if TYPE_CHECKING:
-    from itune import data, encoding, models, plans
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +131,21 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, doctor, finishing, jobs, models, probing, training
+    from itune import adapters, doctor, finishing, jobs, models, probing, starting, training
 
     _still()
     place = models.placement(recipe.model)
     settings = recipe.training
     with launching.first_prepares(run.dir):
-        encoder, corpus, heldout = _prepared(recipe, run, screen)
+        encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     tokenizer = encoder.tokenizer
-    for line in (*_counted(corpus, settings.seed), *_mixed(recipe, corpus)):
+    for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
         screen.say(line)
     accelerator = jobs.accelerator(recipe, place)
     launching.check(accelerator)
     doctor.check(recipe, encoder, screen.say)
-    model = _untrained(recipe, tokenizer, place)
-    base = finishing.base_of(recipe, run, model, tokenizer) if recipe.adapter else recipe.name
+    model = starting.untrained(recipe, tokenizer, place)
+    base = finishing.base_of(recipe, run, model, tokenizer, keep=accelerator.is_main_process)
     models.check_fits(model, corpus, settings.max_length)
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     model = adapters.attach(model, recipe.adapter, base=base, seed=settings.seed)
@@ -163,7 +163,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         models.recompute(model)
     total, trainable = models.count(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
-    plan = _planned(settings, corpus, world=accelerator.num_processes, padded=path.padded)
+    plan = starting.planned(settings, corpus, world=accelerator.num_processes, padded=path.padded)
     job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
     if accelerator.is_main_process:
         run.update(
@@ -175,7 +175,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             trainable=trainable,
             packed=not path.padded,
             path=asdict(path),
-            data={"train": _for_the_record(recipe, corpus)},
+            data={"train": starting.for_the_record(recipe, corpus)},
             steps=len(plan),
         )
     outcome = training.fit(job, settings, run, accelerator, screen)
@@ -186,122 +186,6 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     accelerator.wait_for_everyone()
 
 
-def _planned(
-    settings: recipes.Training, corpus: data.Corpus, *, world: int, padded: bool
-) -> plans.Plan:
-    from itune import batches, plans
-
-    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
-    return plans.plan(
-        lambda epoch: corpus.epoch(epoch, settings.seed),
-        corpus.lengths,
-        corpus.targets,
-        tokens_per_step=settings.tokens_per_step,
-        micro_batch_tokens=micro,
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        world=world,
-        padded=padded,
-    )
-
-
-def _prepared(
-    recipe: recipes.Recipe, run: runs.Run, screen: console.Screen
-) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
-    """The encoder, the training data and the held-out data."""
-    from itune import contamination, data, encoding
-
-    settings, command = recipe.training, str(run.manifest["command"])
-    encoder = encoding.Encoder(_tokenizer(recipe, run, command))
-    corpus = data.corpus(
-        recipe.data.train,
-        encoder,
-        settings,
-        visits=None if settings.max_steps > 0 else settings.num_train_epochs,
-        command=command,
-        max_dropped=recipe.data.max_dropped,
-    )
-    heldout = data.heldout(recipe, encoder, command)
-    contamination.check(recipe, run, screen.say, keep=launching.is_main())
-    return encoder, corpus, heldout
-
-
-def _tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
-    from itune import data, models
-
-    scratch = recipe.model.from_scratch
-    if scratch is None:
-        return models.tokenizer(recipe.model.name or "", revision=recipe.model.revision)
-    if isinstance(scratch.tokenizer, str):
-        return models.tokenizer(scratch.tokenizer)
-    kept = None if run is None else run.dir / "tokenizer"
-    if kept is not None and kept.is_dir():
-        return models.tokenizer(str(kept))
-    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train, command))
-    if kept is not None:
-        beside = kept.with_name(".tokenizer")
-        made.save_pretrained(beside)
-        beside.replace(kept)
-    return made
-
-
-def _untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -> Any:
-    from itune import models
-
-    if recipe.model.from_scratch is None:
-        model = models.load(
-            recipe.model, place, full=recipe.adapter is None, quantization=recipe.quantization
-        )
-    else:
-        model = models.build(recipe.model.from_scratch, tokenizer, place, recipe.training.seed)
-    if recipe.training.use_liger_kernel:
-        models.use_liger(model, place)
-    return model
-
-
-def _counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
-    """What the user is told of the training data, a line each."""
-    for report in corpus.reports:
-        yield from report.notes
-        if not report.read_as.startswith("template "):
-            yield f"{report.path}: read as {report.read_as}"
-    counts = corpus.an_epoch(seed)
-    yield (
-        f"training data: {counts.rows:,} of {counts.read:,} rows; an epoch has "
-        f"{counts.tokens:,} tokens, {counts.supervised:,} of them learnt"
-    )
-    cures = (
-        (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
-        (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
-        (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
-        (counts.empty, "rows empty and left out. Take them out of the data"),
-        (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
-    )
-    yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)
-
-
-def _for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any]:
-    """For run.json: the counts of an epoch, each source's own, and what share of it it is."""
-    seed = recipe.training.seed
-    sources = [
-        {**asdict(report), "an_epoch": share}
-        for report, share in zip(corpus.reports, corpus.shares(seed), strict=True)
-    ]
-    return {**asdict(corpus.an_epoch(seed)), "sources": sources}
-
-
-def _mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
-    """The share of each source in an epoch, a line each, where there are several."""
-    if len(corpus.sources) > 1:
-        shares = corpus.shares(recipe.training.seed)
-        for source, share in zip(corpus.sources, shares, strict=True):
-            yield (
-                f"{source.path}: an epoch sees {share['rows']:,} rows "
-                f"({share['rows_share']:.1%}), {share['tokens']:,} tokens "
-                f"({share['tokens_share']:.1%})"
-            )
-
-
 def _summary(run: runs.Run) -> dict[str, Any]:
     manifest = run.manifest
     names = ("state", "steps", "tokens", "seconds", "loss", "heldout_loss")
@@ -309,10 +193,10 @@ def _summary(run: runs.Run) -> dict[str, Any]:
 
 
 def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, number: int) -> None:
-    from itune import doctor, encoding, previewing
+    from itune import doctor, encoding, previewing, starting
 
     _still()
-    encoder = encoding.Encoder(_tokenizer(recipe, None))
+    encoder = encoding.Encoder(starting.tokenizer(recipe, None))
     shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
     doctor.check(recipe, encoder, screen.say)
     _emit(common, shown)

@@ -19,20 +19,22 @@ from itune import adapters, decoding, encoding, models, recipes, runs, storage, 
 Say = Callable[[str], None]
 
 
-def base_of(recipe: recipes.Recipe, run: runs.Run, model: Any, tokenizer: Any) -> str:
+def base_of(
+    recipe: recipes.Recipe, run: runs.Run, model: Any, tokenizer: Any, *, keep: bool
+) -> str:
     """The name of the model that an adapter goes on, as its config keeps it: an id or a folder.
 
     Where the recipe names an adapter, it was folded into its own base: that is written to the
-    run's `base/`, since nobody else has it.
+    run's `base/`, since nobody else has it (by the process that is told to `keep` it).
     """
-    if recipe.model.name is None:
+    if recipe.model.name is None or recipe.adapter is None:
         return recipe.name
     location = models.resolve(recipe.model.name)
     if models.adapter_of(location) is None:
         # A path relative to where one stands would be found from there alone.
         return str(Path(location).absolute()) if Path(location).is_dir() else location
     folder = run.dir / "base"
-    if not folder.is_dir():
+    if keep and not folder.is_dir():
         staged = run.dir / ".base"
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)

@@ -1,0 +1,125 @@
+"""What a run starts with: encoder, rows, model, plan, and what the user is told of them.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from itune import batches, contamination, data, encoding, launching, models, plans, recipes, runs
+
+Say = Callable[[str], None]
+
+
+def planned(
+    settings: recipes.Training, corpus: data.Corpus, *, world: int, padded: bool
+) -> plans.Plan:
+    """The steps of a run."""
+    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
+    return plans.plan(
+        lambda epoch: corpus.epoch(epoch, settings.seed),
+        corpus.lengths,
+        corpus.targets,
+        tokens_per_step=settings.tokens_per_step,
+        micro_batch_tokens=micro,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        world=world,
+        padded=padded,
+    )
+
+
+def prepared(
+    recipe: recipes.Recipe, run: runs.Run, say: Say
+) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
+    """The encoder, the training data and the held-out data."""
+    settings, command = recipe.training, str(run.manifest["command"])
+    encoder = encoding.Encoder(tokenizer(recipe, run, command))
+    corpus = data.corpus(
+        recipe.data.train,
+        encoder,
+        settings,
+        visits=None if settings.max_steps > 0 else settings.num_train_epochs,
+        command=command,
+        max_dropped=recipe.data.max_dropped,
+    )
+    heldout = data.heldout(recipe, encoder, command)
+    contamination.check(recipe, run, say, keep=launching.is_main())
+    return encoder, corpus, heldout
+
+
+def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
+    """The tokenizer that a recipe names, or the one trained on its texts, kept with the run."""
+    scratch = recipe.model.from_scratch
+    if scratch is None:
+        return models.tokenizer(recipe.model.name or "", revision=recipe.model.revision)
+    if isinstance(scratch.tokenizer, str):
+        return models.tokenizer(scratch.tokenizer)
+    kept = None if run is None else run.dir / "tokenizer"
+    if kept is not None and kept.is_dir():
+        return models.tokenizer(str(kept))
+    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train, command))
+    if kept is not None:
+        beside = kept.with_name(".tokenizer")
+        made.save_pretrained(beside)
+        beside.replace(kept)
+    return made
+
+
+def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -> Any:
+    """The model that a run starts from."""
+    if recipe.model.from_scratch is None:
+        model = models.load(
+            recipe.model, place, full=recipe.adapter is None, quantization=recipe.quantization
+        )
+    else:
+        model = models.build(recipe.model.from_scratch, tokenizer, place, recipe.training.seed)
+    if recipe.training.use_liger_kernel:
+        models.use_liger(model, place)
+    return model
+
+
+def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
+    """What the user is told of the training data, a line each."""
+    for report in corpus.reports:
+        yield from report.notes
+        if not report.read_as.startswith("template "):
+            yield f"{report.path}: read as {report.read_as}"
+    counts = corpus.an_epoch(seed)
+    yield (
+        f"training data: {counts.rows:,} of {counts.read:,} rows; an epoch has "
+        f"{counts.tokens:,} tokens, {counts.supervised:,} of them learnt"
+    )
+    cures = (
+        (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
+        (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
+        (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
+        (counts.empty, "rows empty and left out. Take them out of the data"),
+        (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
+    )
+    yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)
+
+
+def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any]:
+    """For run.json: the counts of an epoch, each source's own, and what share of it it is."""
+    seed = recipe.training.seed
+    sources = [
+        {**asdict(report), "an_epoch": share}
+        for report, share in zip(corpus.reports, corpus.shares(seed), strict=True)
+    ]
+    return {**asdict(corpus.an_epoch(seed)), "sources": sources}
+
+
+def mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
+    """The share of each source in an epoch, a line each, where there are several."""
+    if len(corpus.sources) > 1:
+        shares = corpus.shares(recipe.training.seed)
+        for source, share in zip(corpus.sources, shares, strict=True):
+            yield (
+                f"{source.path}: an epoch sees {share['rows']:,} rows "
+                f"({share['rows_share']:.1%}), {share['tokens']:,} tokens "
+                f"({share['tokens_share']:.1%})"
+            )

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from itune import data, encoding, models, recipes
 
@@ -92,3 +93,30 @@ def test_a_long_instruction_is_cut_beside_a_long_answer(
     ids, learnt = made.example(0)
     assert encoder.decode(ids[learnt].tolist()).strip() == row["output"].strip()
     assert len(ids) <= 250
+
+
+@pytest.mark.parametrize(("side", "kept"), [("right", "begin"), ("left", "end")])
+def test_a_prompt_is_cut_at_the_side_that_its_template_says(
+    side: str, kept: str, tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    (tmp_path / "ask.yaml").write_text(
+        f'task: qa\ntruncation_side: {side}\nprompts: ["{{{{ text }}}} What?"]\n'
+        'response: "{{ said }}"\n'
+    )
+    row = {"text": f"begin {'the red ball ' * 40} end", "said": "ball"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    source = recipes.Source(path="rows.jsonl", template="./ask.yaml")
+    made = data.corpus([source], encoder, recipes.Training(max_length=90))
+    text = encoder.decode(made.example(0)[0].tolist())
+    assert made.truncated.tolist() == [1]
+    assert [word for word in ("begin", "end") if word in text] == [kept]
+    assert "What?" in text
+
+
+def test_control_strings_in_the_data_are_counted(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    texts = ["plain", "an end </s> within", "none", "<pad>"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    made = data.corpus([recipes.Source(path="rows.jsonl")], encoder, recipes.Training())
+    assert made.counts.guarded == 2

@@ -109,3 +109,22 @@ def test_other_settings_for_answers_are_no_other_run(folder: Path, cli: Cli) -> 
     again = cli("tune", "-r", "lora.yaml", "-s", "generation.max_new_tokens=9")
     assert again.code == 0, again.err
     assert "already complete" in again.err
+
+
+def test_rows_that_changed_since_the_run_began_are_refused(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from itune import training
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training._Loop, "train", lambda self: self.save())
+        cli("tune", "-r", "lora.yaml")
+    manifest = json.loads((folder / "runs/lora/run.json").read_text())
+    (folder / "runs/lora/run.json").write_text(json.dumps({**manifest, "state": "interrupted"}))
+    rows = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text(rows.replace("room 3", "room 9"))
+    ended = cli("tune", "-r", "lora.yaml")
+    assert ended.code == 2, ended.err
+    assert "rows.jsonl: its rows have changed since this run began" in ended.err
+    (folder / "rows.jsonl").write_text(rows)
+    assert cli("tune", "-r", "lora.yaml").code == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from itune import cases, encoding, errors, orders, preparing, recipes, sources, templates
+from itune import cache, cases, encoding, errors, orders, preparing, recipes, sources, templates
 from itune.cases import Case as Case
 from itune.cases import Task as Task
 from itune.cases import is_text as is_text
@@ -25,7 +25,7 @@ class Counts:
 
     `read` = `rows` (kept) + `dropped` + `empty`. Of those dropped, `too_long` do not fit with
     their answer whole, the others have nothing to learn. `duplicated` rows say what an earlier
-    one says; they are kept.
+    one says; they are kept. `guarded` examples hold control strings of the model, kept as text.
     """
 
     rows: int
@@ -37,16 +37,21 @@ class Counts:
     too_long: int = 0
     empty: int = 0
     duplicated: int = 0
+    guarded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one source: how its rows were read, and how many there are of what."""
+    """What became of one source: how its rows were read, and how many there are of what.
+
+    `rows`: a digest that changes when the rows do.
+    """
 
     path: str
     read_as: str
     commit: str | None
     counts: Counts
+    rows: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -148,6 +153,7 @@ class Corpus:
             too_long=sum(report.counts.too_long for report in self.reports),
             empty=empty,
             duplicated=self.duplicated,
+            guarded=sum(report.counts.guarded for report in self.reports),
         )
 
     def an_epoch(self, seed: int) -> Counts:
@@ -287,7 +293,9 @@ def _report(part: preparing.Part) -> Report:
             too_long=known["too_long"],
             empty=known["empty"],
             duplicated=_repeats(keys) - max(0, known["empty"] - 1),
+            guarded=known["guarded"],
         ),
+        rows=cache.fingerprint(part.rows.identity)[:32],
         notes=part.rows.notes,
     )
 

@@ -1,4 +1,4 @@
-"""What is longer than it may be is cut: the prompt, from the end of its longest column."""
+"""What is longer than it may be is cut: the prompt, its longest column, at the template's side."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _shortened(
     encode: Callable[[formats.Example], T],
     size: Callable[[T], int],
 ) -> T | None:
-    """Encode with the row's longest prompt column cut at its end until `limit` is kept.
+    """Encode with the row's longest prompt column cut at one side until `limit` is kept.
 
     The wording around it stays whole: the question, the choices and the end of the prompt are
     where the model needs them. None when the limit cannot be kept so.
@@ -115,7 +115,8 @@ def _shortened(
     )["offset_mapping"]
     kept = len(spans)
     while kept > 0:
-        cut = {**row, column: text[: spans[kept - 1][1]] if kept < len(spans) else text}
+        part = slice(spans[-kept][0], None) if reading.cuts_left else slice(spans[kept - 1][1])
+        cut = {**row, column: text[part] if kept < len(spans) else text}
         shorter = reading.example(cut, wording)
         result = encode(shorter)
         excess = size(result) - limit

@@ -192,6 +192,11 @@ class Reading:
         return tuple(self.template.choices) if self.template else ()
 
     @property
+    def cuts_left(self) -> bool:
+        """Whether a text that does not fit loses its beginning."""
+        return self.template is not None and self.template.truncation_side == "left"
+
+    @property
     def is_text(self) -> bool:
         """Whether rows are running text, which has no prompt and no answer."""
         return self.template is None and self.format == "text"

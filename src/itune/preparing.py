@@ -205,10 +205,11 @@ class Job:
                 continue
             text = cases.placed(self.rows, self.reading, index, row, 0).text or ""
             out.row(text)
-            ids = self.encoder.document(text)
-            for first in range(0, len(ids), longest):
-                part = ids[first : first + longest]
-                out.keep(encoding.Tokens(part, [True] * len(part)), index, 0, False)
+            (whole,) = self.encoder.documents([text])
+            for first in range(0, len(whole.ids), longest):
+                part = whole.ids[first : first + longest]
+                guarded = whole.guarded and not first
+                out.keep(encoding.Tokens(part, [True] * len(part), guarded), index, 0, False)
             out.tally.kept += 1
 
     def _conversations(self, out: _Out, batch: Sequence[Numbered]) -> None:
@@ -271,6 +272,7 @@ class _Tally:
     too_long: int = 0
     empty: int = 0
     highest: int = 0
+    guarded: int = 0
 
 
 class _Out:
@@ -331,6 +333,7 @@ class _Writer(_Out):
         learnt = np.array(tokens.supervised, bool)
         self.supervised.write(learnt.tobytes())
         self.tally.tokens += len(learnt)
+        self.tally.guarded += tokens.guarded
         self.tally.highest = max(self.tally.highest, *tokens.ids)
         values = (len(learnt), int(learnt[1:].sum()), row, wording, int(truncated))
         for column, value in zip(self.columns.values(), values, strict=True):

@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from itune import batches, contamination, data, encoding, launching, models, plans, recipes, runs
+from itune import (
+    batches,
+    contamination,
+    data,
+    encoding,
+    errors,
+    launching,
+    models,
+    plans,
+    recipes,
+    runs,
+)
 
 Say = Callable[[str], None]
 
@@ -46,9 +57,22 @@ def prepared(
         command=command,
         max_dropped=recipe.data.max_dropped,
     )
+    _refuse_other_rows(run, corpus)
     heldout = data.heldout(recipe, encoder, command)
     contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
+
+
+def _refuse_other_rows(run: runs.Run, corpus: data.Corpus) -> None:
+    """Refuse to go on with rows that changed since the run began: no plan of steps would hold."""
+    before = run.manifest.get("data", {}).get("train", {}).get("sources", [])
+    for old, new in zip(before, corpus.reports, strict=False):
+        if old["rows"] != new.rows:
+            raise errors.DataError(
+                f"{new.path}: its rows have changed since this run began ({old['rows'][:12]} then, "
+                f"{new.rows[:12]} now; {old['counts']['read']:,} rows then, {new.counts.read:,} "
+                "now). Put them back, or start anew with --fresh."
+            )
 
 
 def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
@@ -98,6 +122,7 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
         (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
         (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
         (counts.empty, "rows empty and left out. Take them out of the data"),
+        (counts.guarded, "examples hold control strings of the model, which stay text"),
         (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
     )
     yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)

@@ -120,6 +120,8 @@ class Template(records.Record):
     """Every answer that counts as right: a Jinja expression that gives a list of texts."""
     metrics: tuple[Text, ...] = ()
     """What `itune eval` reports when the recipe names no metrics."""
+    truncation_side: Literal["right", "left"] = "right"
+    """Where the longest column of a prompt that does not fit is cut: its end or its beginning."""
 
     _places: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
 

@@ -128,3 +128,14 @@ def test_rows_that_changed_since_the_run_began_are_refused(
     assert "rows.jsonl: its rows have changed since this run began" in ended.err
     (folder / "rows.jsonl").write_text(rows)
     assert cli("tune", "-r", "lora.yaml").code == 0
+
+
+def test_a_run_that_took_no_step_is_in_nobodys_way(folder: Path, cli: Cli) -> None:
+    (folder / "bad.jsonl").write_text('{"prompt": "a", "completion": 5}\n')
+    assert cli("tune", "-r", "lora.yaml", "-s", "data.train.path=bad.jsonl").code == 2
+    mended = cli("tune", "-r", "lora.yaml")
+    assert mended.code == 0, mended.err
+    # One that did train is not moved aside unasked.
+    other = cli("tune", "-r", "lora.yaml", "-s", "training.seed=5")
+    assert other.code == 2
+    assert "another recipe" in other.err

@@ -493,3 +493,12 @@ def test_an_earlier_start_is_not_taken_for_this_one(monkeypatch: pytest.MonkeyPa
     launching._write(mark, "another", "done")
     with pytest.raises(errors.EnvironmentRefusal, match="never began"):
         launching._wait(mark, "this", seconds=0)
+
+
+@pytest.mark.parametrize("sign", [",", ";", "\t"])
+def test_a_csv_file_may_have_any_usual_separator(sign: str, tmp_path: Path) -> None:
+    text = f"Frage{sign}Antwort\nWas ist grün?{sign}Das Gras\n"
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    rows = sources_.read(recipes.Source(path="a.csv"))
+    assert rows.data.to_list() == [{"Frage": "Was ist grün?", "Antwort": "Das Gras"}]
+    assert bool(rows.notes) == (sign != ",")

@@ -352,3 +352,13 @@ def one_line(error: BaseException) -> str:
     """An error's text as one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith(".") else f"{text}."
+
+
+def separator(path: Path) -> str:
+    """What separates the columns of a CSV file, by its first line: a comma, unless there is none.
+
+    Spreadsheets of countries that write 1,5 for one and a half save semicolons under that name.
+    """
+    with path.open(encoding="utf-8", errors="replace") as file:
+        header = file.readline()
+    return next((each for each in ",;\t" if each in header), ",")

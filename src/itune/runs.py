@@ -130,6 +130,8 @@ def opened(
     """
     run = Run(recipe.output.dir)
     _refuse_foreign(run)
+    # What failed before its first step, in its data say, is in nobody's way once it is mended.
+    fresh = fresh or (_untried(run) and not _same(run, recipe, command))
     if not fresh and (run.dir / "run.json").is_file():
         _refuse_another(run, recipe, command, allowed)
         if run.manifest["state"] == "finished":
@@ -151,6 +153,17 @@ def opened(
         if state != "finished":
             run.update(launch=launch)
         yield run, state
+
+
+def _untried(run: Run) -> bool:
+    """Whether a run took no step: nothing would be lost with it."""
+    tried = run.checkpoints.is_dir() or bool(run.log_lines())
+    return (run.dir / "run.json").is_file() and not tried and run.manifest["state"] != "finished"
+
+
+def _same(run: Run, recipe: recipes.Recipe, command: str) -> bool:
+    same = run.manifest.get("command") == command
+    return same and recipes.digest(run.recipe) == recipes.digest(recipe)
 
 
 def _refuse_foreign(run: Run) -> None:

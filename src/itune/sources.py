@@ -218,6 +218,9 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         # Kept by what is in the files: `datasets` itself goes by their time of change alone.
         kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
         where = {"data_files": {name: [str(each) for each in paths]}, "cache_dir": str(kept)}
+    if suffix == ".csv" and paths and (found := files.separator(paths[0])) != ",":
+        options["sep"] = found
+        notes = (*notes, f"{source.path}: its columns are separated by {found!r}")
     rows = _built(source, builder, split, {**where, **options})
     plain = suffix == ".jsonl" and not notes and "[" not in split
     return Rows(

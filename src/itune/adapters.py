@@ -29,12 +29,7 @@ def config(settings: Mapping[str, Any]) -> Any:
             f"{errors.nearest(kind.lower(), names)}"
         )
     fields = inspect.signature(known[kind]).parameters
-    unknown = sorted(set(given) - set(fields))
-    if unknown:
-        raise errors.RecipeError(
-            f"adapter.{unknown[0]}: {known[kind].__name__} has no such field."
-            f"{errors.nearest(unknown[0], fields)}"
-        )
+    errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
     try:
         return known[kind](task_type=peft.TaskType.CAUSAL_LM, **given)
     except (ValueError, TypeError) as error:

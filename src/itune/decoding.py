@@ -37,13 +37,8 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
     It stops at the end-of-sequence token and at the token that ends an answer in training.
     Raises RecipeError for an unknown field or a value that transformers refuses.
     """
-    blank = transformers.GenerationConfig()
-    unknown = sorted(set(fields) - set(blank.to_dict()))
-    if unknown:
-        raise errors.RecipeError(
-            f"generation.{unknown[0]}: GenerationConfig has no such field."
-            f"{errors.nearest(unknown[0], blank.to_dict())}"
-        )
+    known = transformers.GenerationConfig().to_dict()
+    errors.refuse_unknown("generation", fields, known, "GenerationConfig")
     given = {"max_new_tokens": MAX_NEW_TOKENS, **fields}
     if given.get("num_return_sequences", 1) != 1:
         raise errors.RecipeError(

@@ -108,6 +108,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(names[:MOST_NAMES])}{more}."
 
 
+def refuse_unknown(
+    section: str,
+    given: Iterable[str],
+    known: Iterable[str],
+    owner: str,
+    kind: type[UserError] = RecipeError,
+) -> None:
+    """Raise `kind` for the first key of a section that the library's object has no field for."""
+    names = set(known)
+    unknown = sorted(set(given) - names)
+    if unknown:
+        hint = nearest(unknown[0], names)
+        raise kind(f"{section}.{unknown[0]}: {owner} has no such field.{hint}")
+
+
 def masked(text: str) -> str:
     """The text with every credential in it replaced."""
     return SECRET.sub("[secret]", text)

@@ -378,12 +378,9 @@ def _blank_config(scratch: recipes.FromScratch, ids: dict[str, Any]) -> Any:
         )
     fields = dict(scratch.config)
     blank = transformers.AutoConfig.for_model(scratch.model_type)
-    unknown = sorted(set(fields) - set(blank.to_dict()) - set(vars(blank)))
-    if unknown:
-        raise errors.ModelError(
-            f"model.from_scratch.{unknown[0]}: {type(blank).__name__} has no such field."
-            f"{errors.nearest(unknown[0], blank.to_dict())}"
-        )
+    accepted = {*blank.to_dict(), *vars(blank)}
+    owner = type(blank).__name__
+    errors.refuse_unknown("model.from_scratch", fields, accepted, owner, errors.ModelError)
     try:
         return transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
     except (ValueError, TypeError) as error:

@@ -42,12 +42,7 @@ def config(fields: Mapping[str, Any], computing: torch.dtype) -> Any:
             f"quantization.quant_method: unknown {kind!r}.{errors.nearest(kind, names)}"
         )
     accepted = inspect.signature(known[kind]).parameters
-    unknown = sorted(set(given) - set(accepted))
-    if unknown:
-        raise errors.RecipeError(
-            f"quantization.{unknown[0]}: {known[kind].__name__} has no such field."
-            f"{errors.nearest(unknown[0], accepted)}"
-        )
+    errors.refuse_unknown("quantization", given, accepted, known[kind].__name__)
     try:
         return known[kind](**given)
     except (ValueError, TypeError) as error:

@@ -65,8 +65,8 @@ def placement(wanted: recipes.Model) -> Placement:
         able = cpu_has_bfloat16()
         small = able and wanted.dtype == "auto" and size(wanted) < SMALL_MODEL
         kind = "bfloat16" if able and not small else "float32"
-        why = "lacks" if not able else "gains nothing in so small a model from" if small else "has"
-        reason = f"CPU ({torch.backends.cpu.get_cpu_capability()}), which {why} bfloat16"
+        why = "which lacks" if not able else "too small a model for" if small else "which has"
+        reason = f"CPU ({torch.backends.cpu.get_cpu_capability()}), {why} bfloat16"
     if wanted.dtype != "auto":
         kind, reason = wanted.dtype, f"{reason.split(',')[0]}, as model.dtype asks"
     return Placement(device, DTYPES[kind], f"{kind} on {reason}")

@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 
-from itune import errors
+from itune import errors, families
+
+# What peft calls a family's task. It has none for masks, and its model for features hands on
+# whatever its base gives.
+TASKS = {
+    families.CAUSAL: "CAUSAL_LM",
+    families.SEQ2SEQ: "SEQ_2_SEQ_LM",
+    families.MASKED: "FEATURE_EXTRACTION",
+}
 
 
-def config(settings: Mapping[str, Any]) -> Any:
+def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
     """The peft config that a recipe's `adapter` section names. Raises RecipeError."""
     import peft
 
@@ -31,7 +39,7 @@ def config(settings: Mapping[str, Any]) -> Any:
     fields = inspect.signature(known[kind]).parameters
     errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
     try:
-        return known[kind](task_type=peft.TaskType.CAUSAL_LM, **given)
+        return known[kind](task_type=peft.TaskType[TASKS[family]], **given)
     except (ValueError, TypeError) as error:
         raise errors.RecipeError(f"adapter: {' '.join(str(error).split())}") from error
 
@@ -42,7 +50,14 @@ def _kinds() -> dict[Any, Any]:
     return dict(PEFT_TYPE_TO_CONFIG_MAPPING)
 
 
-def attach(model: Any, settings: Mapping[str, Any] | None, *, base: str, seed: int) -> Any:
+def attach(
+    model: Any,
+    settings: Mapping[str, Any] | None,
+    *,
+    base: str,
+    seed: int,
+    family: str = families.CAUSAL,
+) -> Any:
     """The model with a fresh adapter, its base frozen; without settings, the model itself.
 
     `base` is written into the adapter's own config, so that it loads by `peft` alone.
@@ -51,7 +66,7 @@ def attach(model: Any, settings: Mapping[str, Any] | None, *, base: str, seed: i
         return model
     import peft
 
-    wanted = config(settings)
+    wanted = config(settings, family)
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -60,13 +75,6 @@ def attach(model: Any, settings: Mapping[str, Any] | None, *, base: str, seed: i
         raise errors.RecipeError(
             f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
-
-
-def on_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """A saved adapter on its base as that was published, not quantised."""
-    import peft
-
-    return peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
 
 
 def refuse_unmergeable(model: Any) -> None:

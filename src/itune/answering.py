@@ -62,15 +62,15 @@ class Answerer:
         like: Answerer | None = None,
     ) -> None:
         """like: take its tokenizer and its prompts, to the last token: those of the tuned model."""
-        from itune import decoding, encoding, models
+        from itune import decoding, models
 
         self.recipe, self.location, self.asked, self.say = recipe, location, asked, say
         revision = recipe.model.revision if location == recipe.model.name else None
         self.named = recipes.Model(name=location, dtype=recipe.model.dtype, revision=revision)
         self.place = models.placement(self.named)
-        self.config = _config(self.named)
+        self.config = models.config_of(self.named)
         if like is None:
-            self.encoder = encoding.Encoder(models.tokenizer(location, revision=revision))
+            self.encoder = models.encoder(self.named)
         else:
             self.encoder = like.encoder
         self.wanted = decoding.settings(recipe.generation, self.encoder)
@@ -80,10 +80,12 @@ class Answerer:
         self._model: Any = None
 
     def _tasks(self) -> list[data.Task]:
-        from itune import data, decoding, shots
+        from itune import data, decoding, families, models, shots
 
         room = min(decoding.context(self), 1 << 20)
         longest = room - min(int(self.wanted.max_new_tokens), room // 2)
+        if self.encoder.family == families.MASKED:  # the place of the answer is in the prompt
+            longest = min(models.positions(models.outline(self.named)), 1 << 20)
         tasks = data.tasks(
             self.recipe.data.eval, self.encoder, max_prompt=longest, limit=self.asked.limit
         )
@@ -219,6 +221,8 @@ class Answerer:
             kept.add(task, cases[place], answer)
             told()
 
+        if not self._chosen(task):
+            decoding.refuse_masked(self.encoder, self.location)
         if self._chosen(task):
             choices = task.template.choices
             likelihoods.choose(
@@ -261,17 +265,22 @@ class Answerer:
         """(path, [texts, 2]: summed loss in nats, tokens) of each source of plain text, by name."""
         import torch
 
-        from itune import batches, data, losses
+        from itune import batches, data, losses, objectives
 
         out = {}
         for source in self.recipe.data.eval:
             if not data.is_text(source):
                 continue
             limited = source.model_copy(update={"limit": self.asked.limit or source.limit})
-            corpus = data.corpus([limited], self.encoder, self.recipe.training)
+            training = self.recipe.training
+            corpus = data.corpus([limited], self.encoder, training)
+            objective = objectives.of(self.encoder, training)
+            corpus = objectives.counted(corpus, objective, self.encoder.room)
+            collate = objectives.collate(self.encoder, self.model, training)
+            collate = collate or batches.padder(self.encoder.eos_id)
             sums = np.zeros((len(corpus), 2))
             for index in range(len(corpus)):
-                batch = batches.padded(corpus, np.array([index]), self.encoder.eos_id)
+                batch = collate(corpus, np.array([index]))
                 with torch.inference_mode():
                     loss = losses.summed(self.model, batch.to(self.model.device))
                 sums[index] = float(loss), corpus.targets[index]
@@ -286,23 +295,6 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _config(named: recipes.Model) -> Any:
-    """The config of a model, or of an adapter's base, without loading any weight."""
-    import transformers
-
-    from itune import models
-
-    name = named.name or ""
-    location = models.resolve(name)
-    adapter = models.adapter_of(location)
-    if adapter is not None:
-        base = str(adapter["base_model_name_or_path"])
-        return _config(recipes.Model(name=base, revision=adapter.get("revision")))
-    return models.from_library(
-        name, lambda: transformers.AutoConfig.from_pretrained(location, revision=named.revision)
-    )
 
 
 def _identity(location: str, config: Any) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from itune import data
+    from itune import data, objectives
 
 IGNORED = -100
 
@@ -74,33 +74,41 @@ class Segments:
 class Batch:
     """A micro-batch as tensors.
 
-    Packed: ids, positions and targets int64 [1, tokens], segments set if attention is told where
-    examples lie. Padded: [examples, longest], mask int64 of the same shape. Targets stand where
-    their prediction is made: the target at t is the id at t + 1, or IGNORED. places int64
+    Of a decoder, packed: ids, positions and targets int64 [1, tokens], segments set if attention
+    is told where examples lie. Padded: [examples, longest], mask int64 of the same shape. Targets
+    stand where their prediction is made: the target at t is the id at t + 1, or IGNORED. Of an
+    encoder, the target at t is what the mask at t hides; positions are left to the model. Of an
+    encoder-decoder, decoder int64 and targets are [examples, longest answer]. places int64
     [targets]: where in the flattened targets those that count stand; wanted int64 [targets]: what
-    they are. lengths: tokens of each example.
+    they are. lengths: tokens of each example. fills: it is an encoder's.
     """
 
     ids: torch.Tensor
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     targets: torch.Tensor
     places: torch.Tensor
     wanted: torch.Tensor
     lengths: tuple[int, ...]
     mask: torch.Tensor | None = None
     segments: Segments | None = None
+    decoder: torch.Tensor | None = None
+    fills: bool = False
 
     def inputs(self) -> dict[str, Any]:
         """What the model is called with, by name.
 
         Without a cache, which is on by default in most configs and would join packed examples.
         """
-        named: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions}
+        named: dict[str, Any] = {"input_ids": self.ids}
+        if self.positions is not None:
+            named["position_ids"] = self.positions
+        if self.decoder is not None:
+            named["decoder_input_ids"] = self.decoder
         if self.segments is not None:
             named["segments"] = self.segments
         if self.mask is not None:
             named["attention_mask"] = self.mask
-        return {**named, "use_cache": False}
+        return named if self.fills else {**named, "use_cache": False}
 
     def owners(self) -> torch.Tensor:
         """Which of the micro-batch's examples each target belongs to, int64 [targets]."""
@@ -123,13 +131,15 @@ class Batch:
         """The same with every tensor changed."""
         return Batch(
             change(self.ids),
-            change(self.positions),
+            None if self.positions is None else change(self.positions),
             change(self.targets),
             change(self.places),
             change(self.wanted),
             self.lengths,
             None if self.mask is None else change(self.mask),
             None if self.segments is None else self.segments.each(change),
+            None if self.decoder is None else change(self.decoder),
+            self.fills,
         )
 
 
@@ -150,7 +160,7 @@ def packed(corpus: data.Corpus, rows: np.ndarray) -> Batch:
         batch.lengths,
         torch.from_numpy(bounds.astype(np.int32)),
         torch.from_numpy(bounds[:-1, None] + within),
-        torch.from_numpy(filled + batch.positions[0].numpy()),
+        torch.from_numpy(filled + np.concatenate([np.arange(n) for n in lengths])),
     )
     return replace(batch, segments=segments)
 
@@ -183,7 +193,7 @@ def padded(corpus: data.Corpus, rows: np.ndarray, pad_id: int) -> Batch:
 
 def _batch(
     ids: np.ndarray,
-    positions: np.ndarray,
+    positions: np.ndarray | None,
     targets: np.ndarray,
     lengths: tuple[int, ...],
     mask: np.ndarray | None = None,
@@ -194,7 +204,7 @@ def _batch(
     wanted = targets.reshape(-1)[places]
     return Batch(
         torch.from_numpy(ids),
-        torch.from_numpy(positions),
+        None if positions is None else torch.from_numpy(positions),
         torch.from_numpy(targets),
         torch.from_numpy(places),
         torch.from_numpy(wanted),
@@ -210,6 +220,48 @@ def padder(pad_id: int) -> Collate:
         return padded(corpus, rows, pad_id)
 
     return collate
+
+
+# --- encoders and encoder-decoders ----------------------------------------------------------
+
+
+def masked(objective: objectives.Objective, pad_id: int) -> Collate:
+    """The function that collates for an encoder: a target where each mask is."""
+
+    def collate(corpus: data.Corpus, rows: np.ndarray) -> Batch:
+        pairs = [objective.example(corpus, int(row)) for row in rows]
+        lengths = tuple(len(ids) for ids, _ in pairs)
+        ids, mask = _filled([ids for ids, _ in pairs], pad_id)
+        targets, _ = _filled([targets for _, targets in pairs], IGNORED)
+        return replace(_batch(ids, None, targets, lengths, mask), fills=True)
+
+    return collate
+
+
+def paired(objective: objectives.Objective, pad_id: int, shift: Change) -> Collate:
+    """The function that collates for an encoder-decoder.
+
+    `shift`: labels (IGNORED beyond an answer's end) to what the decoder reads.
+    """
+
+    def collate(corpus: data.Corpus, rows: np.ndarray) -> Batch:
+        pairs = [objective.example(corpus, int(row)) for row in rows]
+        lengths = tuple(len(read) + len(written) for read, written in pairs)
+        ids, mask = _filled([read for read, _ in pairs], pad_id)
+        targets, _ = _filled([written for _, written in pairs], IGNORED)
+        batch = _batch(ids, None, targets, lengths, mask)
+        return replace(batch, decoder=shift(batch.targets))
+
+    return collate
+
+
+def _filled(rows: Sequence[np.ndarray], value: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of unequal lengths in one array, filled at the right, and the mask of what is real."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max())[None] < lengths[:, None]
+    out = np.full(mask.shape, value, np.int64)
+    out[mask] = np.concatenate(rows)
+    return out, mask.astype(np.int64)
 
 
 def _example(corpus: data.Corpus, row: int) -> tuple[np.ndarray, np.ndarray]:

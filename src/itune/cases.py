@@ -110,6 +110,7 @@ def _cases(
     rows: sources.Rows, how: formats.Reading, encoder: encoding.Encoder, max_prompt: int
 ) -> tuple[list[Case], int]:
     jobs = []
+    encoder = encoder.answering(how.choices)
     for index, row in enumerate(rows.data):
         for wording in range(how.wordings):
             example = placed(rows, how, index, row, wording)

@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,17 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, doctor, finishing, jobs, models, probing, starting, training
+    from itune import (
+        adapters,
+        doctor,
+        finishing,
+        jobs,
+        models,
+        objectives,
+        probing,
+        starting,
+        training,
+    )
 
     _still()
     place = models.placement(recipe.model)
@@ -148,22 +158,32 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     base = finishing.base_of(recipe, run, model, tokenizer, keep=accelerator.is_main_process)
     models.check_fits(model, corpus, settings.max_length)
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
-    model = adapters.attach(model, recipe.adapter, base=base, seed=settings.seed)
+    model = adapters.attach(
+        model, recipe.adapter, base=base, seed=settings.seed, family=encoder.family
+    )
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)
     kernel = model.config._attn_implementation
+    padding = objectives.collate(encoder, model, settings)
     path = probing.choose(
         model,
         int(corpus.lengths.max()),
         packing=settings.packing,
         autocast=accelerator.autocast,
+        padding=padding,
     )
     screen.say(path.why)
     if settings.gradient_checkpointing:
         models.recompute(model)
     total, trainable = models.count(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
-    plan = starting.planned(settings, corpus, world=accelerator.num_processes, padded=path.padded)
+    plan = starting.planned(
+        settings,
+        corpus,
+        world=accelerator.num_processes,
+        padded=path.padded,
+        changing=padding is not None and any(corpus.plain),
+    )
     job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
     if accelerator.is_main_process:
         run.update(
@@ -174,7 +194,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             parameters=total,
             trainable=trainable,
             packed=not path.padded,
-            path=asdict(path),
+            path={"layout": path.layout, "head": path.head, "why": path.why},
             data={"train": starting.for_the_record(recipe, corpus)},
             steps=len(plan),
         )
@@ -193,10 +213,11 @@ def _summary(run: runs.Run) -> dict[str, Any]:
 
 
 def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, number: int) -> None:
-    from itune import doctor, encoding, previewing, starting
+    from itune import doctor, families, models, previewing, starting
 
     _still()
-    encoder = encoding.Encoder(starting.tokenizer(recipe, None))
+    made = starting.tokenizer(recipe, None)
+    encoder = families.encoder(models.family_of(recipe.model), made)
     shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
     doctor.check(recipe, encoder, screen.say)
     _emit(common, shown)
@@ -331,7 +352,7 @@ def _answers(
 ) -> Iterator[tuple[str, Any]]:
     import torch
 
-    from itune import decoding, encoding, models
+    from itune import decoding, models
 
     if not waiting:
         return
@@ -346,9 +367,10 @@ def _answers(
         recipe = run.recipe
         fields, seed = dict(recipe.generation), recipe.training.seed
     fields.update(given)
-    encoder = encoding.Encoder(models.tokenizer(location))
-    wanted = decoding.settings(fields, encoder)
     named = recipes.Model(name=location)
+    encoder = models.encoder(named)
+    decoding.refuse_masked(encoder, location)
+    wanted = decoding.settings(fields, encoder)
     place = models.placement(named)
     model = models.load(named, place)
     models.take_threads(model, place)

@@ -91,7 +91,8 @@ class Corpus:
     ids int32 [tokens]; supervised bool [tokens]; starts int64 [examples + 1]; and per example
     its source, its row in it, its wording and whether it was cut (int32 [examples] each). What
     has one value a token is mapped from files and never read as a whole: take `example(i)`.
-    `learnt` holds the targets an example where they are known.
+    `learnt` holds the targets an example where they are known. `plain`: for each source whether
+    its examples are running text.
     """
 
     ids: Any
@@ -108,6 +109,7 @@ class Corpus:
     top: int | None = None
     reports: tuple[Report, ...] = ()
     duplicated: int = 0
+    plain: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -261,6 +263,7 @@ def corpus(
         top=max(part.known["highest"] for part in parts),
         reports=tuple(_report(part) for part in parts),
         duplicated=_repeats(keys) - sum(max(0, part.known["empty"] - 1) for part in parts),
+        plain=tuple(part.reading.is_text for part in parts),
     )
 
 

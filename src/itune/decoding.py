@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import encoding, errors
+from itune import encoding, errors, families
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 MAX_NEW_TOKENS = 128
@@ -57,6 +57,15 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
     return made
 
 
+def refuse_masked(encoder: encoding.Encoder, name: str) -> None:
+    """Raise OptionError for a model that can only fill in what is masked."""
+    if encoder.family == families.MASKED:
+        raise errors.OptionError(
+            f"{name}: a masked language model, which fills in masks and writes no text. Ask it for "
+            "one of a template's choices with itune eval, or name a causal or seq2seq model."
+        )
+
+
 def _by_length(prompts: Sequence[Sequence[int]], extra: int) -> Iterator[list[int]]:
     """Indices of prompts in batches of like length, the longest first."""
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
@@ -88,6 +97,7 @@ def generate(
     for prompt in prompts:
         _room_left(model, prompt)
     out: dict[int, Completion] = {}
+    apart = encoder.family == families.SEQ2SEQ  # the answer is a text of its own
     pad = encoder.tokenizer.pad_token_id
     stops = set(wanted.eos_token_id)
     for rows in _by_length(prompts, wanted.max_new_tokens):
@@ -95,11 +105,12 @@ def generate(
         ids = torch.full((len(rows), width), pad)
         mask = torch.zeros_like(ids)
         for k, i in enumerate(rows):
-            ids[k, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[k, width - len(prompts[i]) :] = 1
+            begin = 0 if apart else width - len(prompts[i])
+            ids[k, begin : begin + len(prompts[i])] = torch.tensor(prompts[i])
+            mask[k, begin : begin + len(prompts[i])] = 1
         # What the model's positions have no room for is not asked for; `stop` then says `length`.
         within = copy.copy(wanted)
-        within.max_new_tokens = min(wanted.max_new_tokens, context(model) - width)
+        within.max_new_tokens = min(wanted.max_new_tokens, context(model) - (1 if apart else width))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             made = model.generate(
@@ -107,7 +118,7 @@ def generate(
                 attention_mask=mask.to(model.device),
                 generation_config=within,
             )
-        for i, new in zip(rows, made[:, width:].tolist(), strict=True):
+        for i, new in zip(rows, made[:, 1 if apart else width :].tolist(), strict=True):
             end = next((k for k, id_ in enumerate(new) if id_ in stops), None)
             kept = new if end is None else new[:end]
             completion = Completion(

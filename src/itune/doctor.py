@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from itune import data, decoding, encoding, errors, formats, recipes, samples
+from itune import data, decoding, encoding, errors, families, formats, recipes, samples
 
 SAMPLE_ROWS = 64  # chosen: what is wrong with a template is wrong in every row or in every few
 ROLES = ("assistant", "model", "gpt", "bot", "ai", "user", "human", "system")
@@ -104,7 +104,12 @@ class Report:
 
 
 def check(recipe: recipes.Recipe, encoder: encoding.Encoder, say: Callable[[str], None]) -> None:
-    """Look at a recipe's training data and heed what is found; see `examine` and `heed`."""
+    """Look at a recipe's training data and heed what is found; see `examine` and `heed`.
+
+    Where a masked model fills in a choice there is neither role nor stop token to look at.
+    """
+    if encoder.family == families.MASKED:
+        return
     stops = decoding.settings(recipe.generation, encoder).eos_token_id
     heed(examine(recipe.data.train, encoder, recipe.training, stops), say)
 
@@ -144,7 +149,7 @@ def examine(
             for name, fault in FAULTS.items()
             if name in counts
         ]
-    if examined and not writes_stop(encoder):
+    if examined and encoder.family == families.CAUSAL and not writes_stop(encoder):
         findings.append(
             Finding(
                 "the model's chat template writes no stop token after an answer. itune trains "
@@ -218,8 +223,8 @@ def faults(
         found |= _in_stretch(tokens.ids[start:end], encoder, stops)
     if len(spans) == len(expected):
         for (start, end), answer in zip(spans, expected, strict=True):
-            ids = tokens.ids[:start]
-            found |= _in_text(ids, tokens.ids[start:end], answer, encoder)
+            before, own = tokens.ids[:start], tokens.ids[start + encoder.opening : end]
+            found |= _in_text(before, own, answer, encoder)
     return found
 
 

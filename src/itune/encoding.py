@@ -60,7 +60,16 @@ class Encoder:
     A conversation is cut where a prompt ends and where an answer ends, and each piece is
     tokenised alone: so the ids before an answer are the ids of that generation prompt, in
     training, in `itune generate` and in any server alike, and the mask needs no search.
+
+    This is the encoder of a decoder; `families` has those of the others. family: for which it
+    is. even: whether an answer takes the same room whatever it says. opening: how many control
+    tokens an answer begins with. room: tokens that each piece of a document has besides its text.
     """
+
+    family = "causal"
+    even = False
+    opening = 0
+    room = 0
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -69,8 +78,17 @@ class Encoder:
         self.control = self.texts.control
         self._tails: dict[tuple[str, ...], _Tail] = {}
         self._shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+        self.stop_id: int = -1
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Find out what follows from the tokenizer alone."""
         probe = [formats.Message("user", "a"), formats.Message("assistant", "b")]
-        self.stop_id: int = self.conversation(probe, train_on="last").ids[-1]
+        self.stop_id = self.conversation(probe, train_on="last").ids[-1]
+
+    def answering(self, choices: Sequence[str]) -> Encoder:
+        """The encoder for prompts that have these choices; a decoder's is the same for all."""
+        return self
 
     # --- cutting ---------------------------------------------------------------------------
 
@@ -303,6 +321,15 @@ class Encoder:
     def document(self, text: str) -> list[int]:
         """Ids of a text to pretrain on: all of it, then the end-of-sequence token."""
         return self.documents([text])[0].ids
+
+    def pieces(self, text: str, longest: int) -> list[Tokens]:
+        """A text to pretrain on in pieces of at most `longest` tokens; the last has its end."""
+        (whole,) = self.documents([text])
+        return [
+            Tokens(part, [True] * len(part), whole.guarded and not first)
+            for first in range(0, len(whole.ids), longest)
+            for part in [whole.ids[first : first + longest]]
+        ]
 
     def documents(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text to pretrain on, see `document`."""

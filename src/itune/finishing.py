@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from itune import adapters, decoding, encoding, models, recipes, runs, storage, training
+from itune import adapters, decoding, encoding, families, models, recipes, runs, storage, training
 
 Say = Callable[[str], None]
 
@@ -56,10 +56,14 @@ def finish(
     """
     staged = run.dir / ".model"
     model.eval()
-    model.generation_config = decoding.settings(recipe.generation, encoder)
-    model.config.use_cache = True
+    if encoder.family != families.MASKED:
+        model.generation_config = decoding.settings(recipe.generation, encoder)
+        start = getattr(model.config, "decoder_start_token_id", None)
+        model.generation_config.decoder_start_token_id = start
+        model.config.use_cache = True
     model.save_pretrained(staged)
-    model.generation_config.save_pretrained(staged)
+    if encoder.family != families.MASKED:
+        model.generation_config.save_pretrained(staged)
     encoder.tokenizer.save_pretrained(staged)
     storage.write(staged / "README.md", runs.card(run, recipe, asdict(outcome)))
     if run.model_dir.is_dir():  # of a run that was killed before it said that it is finished
@@ -80,14 +84,15 @@ def finish(
 
 def merge(run: runs.Run, say: Say) -> None:
     """Fold a finished run's adapter into its base, as the base was before any quantisation."""
-    encoder = encoding.Encoder(models.tokenizer(str(run.model_dir)))
-    place = models.placement(recipes.Model(name=str(run.model_dir)))
-    model = adapters.on_base(run.model_dir, place.device, place.dtype)
+    named = recipes.Model(name=str(run.model_dir))
+    encoder, place = models.encoder(named), models.placement(named)
+    model = models.adapted(str(run.dir), str(run.model_dir), named, place)
     ids = torch.tensor([encoder.text_ids("What is shown here?")], device=place.device)
     staged = run.dir / ".merged"
     difference = adapters.merge_and_prove(model, ids, staged)
     encoder.tokenizer.save_pretrained(staged)
-    shutil.copy(run.model_dir / "generation_config.json", staged)
+    if encoder.family != families.MASKED:
+        shutil.copy(run.model_dir / "generation_config.json", staged)
     folder = run.dir / "merged"
     if folder.is_dir():
         storage.DISK.remove(folder)

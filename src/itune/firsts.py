@@ -94,7 +94,8 @@ class Rows(samples.Opened):
         ]
         sizes = np.concatenate([np.diff(each).astype(np.int64) for each in borders])
         # 2: a space before the text, and the end-of-sequence token
-        return np.asarray(most + (sizes + 2) // self.training.max_length)
+        room = max(1, self.training.max_length - self.encoder.room)
+        return np.asarray(most + (sizes + 2) // room)
 
     @functools.cached_property
     def all_visits(self) -> Counter[int]:

@@ -44,6 +44,8 @@ def example(
     )
 
     def size(tokens: encoding.Tokens) -> int:
+        if encoder.even:
+            return len(tokens.ids)
         answer = sum(tokens.supervised)
         rounded = min(1 << (answer - 1).bit_length(), limit // 2)
         return len(tokens.ids) - answer + max(answer, longest or rounded)

@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from itune import batches, data, encoding, formats
+from itune import batches, data, encoding, families, formats
 
 BATCH_TOKENS = 16384  # chosen: keeps the cache of a batch small beside a small model's weights
 BATCH_LOGITS = 1 << 27  # chosen: 512 MB of float32
@@ -46,6 +47,7 @@ class _Pair:
 
     prompt: list[int]
     answers: list[list[int]]
+    begin: int = 0  # where the answer's masks begin in the prompt
 
 
 def choose(
@@ -78,6 +80,10 @@ def choose(
             if done is not None:
                 done(place, int(best))
 
+    encoder = encoder.answering(choices)
+    if encoder.family == families.MASKED and decide == "likelihood":
+        # Masks are filled in each by itself: the more there are, the less likely all together.
+        decide = "likelihood_per_token"
     found = chances(model, encoder, prompts, choices, note)
     if found.why and say is not None:
         say(f"choices: each with its whole prompt, {found.why}")
@@ -98,11 +104,14 @@ def chances(
     is computed once, else once for each choice. `note(prompts, chances)` is told of each batch.
     """
     model.eval()
+    encoder = encoder.answering(choices)
     shape = (len(prompts), len(choices))
     whole = Chances(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))
     lengths = [len(tokens.ids) for tokens in encoder.conversations(prompts, prompt=True)]
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
-    why: str | None = None
+    ways = {families.SEQ2SEQ: _written, families.MASKED: _filled}
+    way = ways.get(encoder.family)
+    why: str | None = None if way is None else ""
     while order:
         # A first guess at what fits, mended below by the choices' real lengths.
         size = max(1, BATCH_TOKENS // (len(choices) * (lengths[order[0]] + 8)))
@@ -110,11 +119,12 @@ def chances(
         pairs = [_pair(encoder, prompts[i], choices) for i in places]
         if why is None:
             why = _unshareable(model, pairs)
-        run = _apart if why else _shared
-        found = run(model, pairs)
+        run = way or (_apart if why else _shared)
+        found = run(model, pairs, encoder)
         for k, i in enumerate(places):
             whole.nats[i] = [each.sum() for each in found[k]]
-            whole.own[i] = [each[:-1].sum() for each in found[k]]
+            stops = encoder.family != families.MASKED
+            whole.own[i] = [(each[:-1] if stops else each).sum() for each in found[k]]
             whole.tokens[i] = [len(each) for each in found[k]]
         if note is not None:
             note(places, Chances(whole.nats[places], whole.own[places], whole.tokens[places]))
@@ -126,7 +136,10 @@ def _pair(encoder: encoding.Encoder, prompt: Prompt, choices: Sequence[str]) -> 
         [[*prompt, formats.Message("assistant", choice)] for choice in choices], train_on="last"
     )
     begin = rows[0].supervised.index(True)  # what stands before an answer follows from the prompt
-    return _Pair(rows[0].ids[:begin], [row.ids[begin:] for row in rows])
+    answers = [list(itertools.compress(row.ids, row.supervised)) for row in rows]
+    if encoder.family == families.MASKED:
+        return _Pair(encoder.prompt(prompt), answers, begin)
+    return _Pair(rows[0].ids[:begin], answers)
 
 
 Found = list[list[np.ndarray]]  # for each prompt and choice: the log-likelihood of each token
@@ -152,7 +165,48 @@ def _unshareable(model: Any, pairs: Sequence[_Pair]) -> str:
     return f"as its cache, shared, answers otherwise (by {worst:.2g})" if worst > allowed else ""
 
 
-def _apart(model: Any, pairs: Sequence[_Pair]) -> Found:
+def _filled(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> Found:
+    """All choices read off one pass over the prompts and their masks."""
+    width = max(len(each.prompt) for each in pairs)
+    ids, mask = _block([each.prompt for each in pairs], width, left=False)
+    ids = ids.masked_fill(mask == 0, int(encoder.tokenizer.pad_token_id or 0))
+    output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+    logits = output.logits[:, output.logits.shape[1] - width :]
+    out = []
+    for k, each in enumerate(pairs):
+        longest = max(map(len, each.answers))
+        place = logits[k, each.begin : each.begin + longest].float().log_softmax(-1)
+        table = place.double().cpu().numpy()
+        out.append([table[np.arange(len(answer)), answer] for answer in each.answers])
+    return out
+
+
+def _written(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> Found:
+    """Each choice written by the decoder after its prompt was read."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = []
+    for number in range(len(pairs[0].answers)):
+        width = max(len(each.prompt) for each in pairs)
+        ids, mask = _block([each.prompt for each in pairs], width, left=False)
+        ids = ids.masked_fill(mask == 0, int(encoder.tokenizer.pad_token_id or 0))
+        answers = [each.answers[number] for each in pairs]
+        longest = max(map(len, answers))
+        targets, real = _block(answers, longest, left=False)
+        labels = targets.masked_fill(real == 0, batches.IGNORED)
+        output = model(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            decoder_input_ids=inner.prepare_decoder_input_ids_from_labels(
+                labels=labels.to(model.device)
+            ),
+            use_cache=False,
+        )
+        picked = _picked(output.logits[:, -longest:], targets.to(model.device))
+        found.append([row[: len(answer)] for row, answer in zip(picked, answers, strict=True)])
+    return [list(row) for row in zip(*found, strict=True)]
+
+
+def _apart(model: Any, pairs: Sequence[_Pair], _encoder: Any = None) -> Found:
     """Each choice computed with its whole prompt."""
     rows = [
         encoding.Tokens([*each.prompt, *answer], [False] * len(each.prompt) + [True] * len(answer))
@@ -181,7 +235,7 @@ def _apart(model: Any, pairs: Sequence[_Pair]) -> Found:
     return [[next(found) for _ in each.answers] for each in pairs]
 
 
-def _shared(model: Any, pairs: Sequence[_Pair]) -> Found:
+def _shared(model: Any, pairs: Sequence[_Pair], _encoder: Any = None) -> Found:
     """Each prompt computed once; its cache is repeated for the choices that follow it."""
     width = max(len(each.prompt) for each in pairs)
     ids, mask = _block([each.prompt for each in pairs], width, left=True)

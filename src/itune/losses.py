@@ -36,7 +36,7 @@ def summed(
     head: str | None = None,
     each: Each | None = None,
 ) -> torch.Tensor:
-    """Summed next-token cross-entropy in nats over the batch's targets, a float32 scalar or better.
+    """Summed cross-entropy in nats over the batch's targets, a float32 scalar or better.
 
     Whoever calls divides by the count of the whole optimiser step (transformers #34191): a mean
     of means would weigh a token by its micro-batch. A batch without targets gives 0.
@@ -62,13 +62,18 @@ def precise(x: torch.Tensor) -> torch.Tensor:
 
 
 def _full(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
-    logits: torch.Tensor = model(**batch.inputs()).logits
+    logits: torch.Tensor = own(model(**batch.inputs()).logits, batch)
     return logits.flatten(0, 1).index_select(0, batch.places)
+
+
+def own(states: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
+    """States or logits of the batch's own tokens: an adapter may set virtual ones before them."""
+    return states[:, states.shape[1] - batch.targets.shape[1] :]
 
 
 def _kept(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Logits at the targets; columns in which no row learns anything are never made."""
-    width = batch.ids.shape[1]
+    width = batch.targets.shape[1]
     columns, which = torch.unique(batch.places % width, return_inverse=True)
     logits: torch.Tensor = model(**batch.inputs(), logits_to_keep=columns).logits
     rows = torch.div(batch.places, width, rounding_mode="floor")
@@ -107,7 +112,7 @@ def _losing(layer: Any, batch: batches.Batch, each: Each | None) -> Iterator[Non
     """
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        states, weight, bias = _same_dtype(hidden, layer.weight, layer.bias)
+        states, weight, bias = _same_dtype(own(hidden, batch), layer.weight, layer.bias)
         if not len(batch.places):
             # In the graph all the same: every rank must have every gradient.
             return precise((states.sum() + weight.sum()) * 0.0).reshape(1, 1, 1)

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from itune import data, errors, recipes
+from itune import data, encoding, errors, families, recipes
 from itune import quantization as few_bits
+from itune.vocabularies import with_template as with_template
 
 CLASSES = {
     "causal": "AutoModelForCausalLM",
@@ -29,9 +29,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SMALL_MODEL = (
     5_000_000  # parameters. chosen: at 0.4M one thread was 13 times faster beside a busy core
 )
-
-# Control tokens of a tokenizer trained here. No unknown token: bytes cover every text.
-PAD, BOS, EOS, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
 
 
 # --- the processor ------------------------------------------------------------------------
@@ -74,24 +71,37 @@ def placement(wanted: recipes.Model) -> Placement:
 
 def size(wanted: recipes.Model) -> int:
     """How many parameters a model has, from its config: no weight is read."""
+    made = outline(wanted)
+    return sum(p.numel() for p in made.parameters())
+
+
+def outline(wanted: recipes.Model) -> Any:
+    """The model that a recipe names, without any weight: all that can be asked but numbers."""
+    config = config_of(wanted)
+    auto = getattr(transformers, CLASSES[wanted.family or family(config)])
+    with torch.device("meta"):
+        return from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
+
+
+def config_of(wanted: recipes.Model) -> Any:
+    """The config of a model, of an adapter's base or of one from scratch; no weight is read."""
     if wanted.from_scratch is not None:
         chosen = wanted.from_scratch.tokenizer
         entries = {} if isinstance(chosen, str) else {"vocab_size": chosen.vocab_size}
-        config = _blank_config(wanted.from_scratch, entries)
-    else:
-        name = wanted.name or ""
-        location = resolve(name)
-        base = (adapter_of(location) or {}).get("base_model_name_or_path", location)
-        config = from_library(
-            name,
-            lambda: transformers.AutoConfig.from_pretrained(base, revision=wanted.revision),
-        )
-    kind = wanted.family or family(config)
-    _only_causal(kind, wanted.name or "model.from_scratch")
-    auto = getattr(transformers, CLASSES[kind])
-    with torch.device("meta"):
-        made = from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
-        return sum(p.numel() for p in made.parameters())
+        return _blank_config(wanted.from_scratch, entries)
+    name = wanted.name or ""
+    location, revision = resolve(name), wanted.revision
+    adapter = adapter_of(location)
+    if adapter is not None:
+        location, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+    return from_library(
+        name, lambda: transformers.AutoConfig.from_pretrained(location, revision=revision)
+    )
+
+
+def family_of(wanted: recipes.Model) -> str:
+    """The family of the model that a recipe names. Raises ModelError."""
+    return wanted.family or family(config_of(wanted))
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -173,8 +183,15 @@ def adapter_of(location: str) -> dict[str, Any] | None:
 # --- tokenizers ---------------------------------------------------------------------------
 
 
-def tokenizer(name: str, *, revision: str | None = None) -> Any:
-    """The tokenizer of a model or run, with a chat template: its own, or itune's plain one."""
+def encoder(wanted: recipes.Model) -> encoding.Encoder:
+    """The encoder of the model that a recipe names, by its family and its tokenizer."""
+    kind = family_of(wanted)
+    made = tokenizer(wanted.name or "", revision=wanted.revision, kind=kind)
+    return families.encoder(kind, made)
+
+
+def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CAUSAL) -> Any:
+    """The tokenizer of a model or run, with a chat template: its own, or itune's for a family."""
     alone = (Path(name) / "tokenizer.json").is_file()
     location = name if alone else resolve(name)
     loaded = from_library(
@@ -185,76 +202,38 @@ def tokenizer(name: str, *, revision: str | None = None) -> Any:
             f"{name}: its tokenizer has no fast version, which exact masks need. "
             "Convert it to tokenizer.json."
         )
-    return with_template(loaded)
-
-
-def with_template(loaded: Any) -> Any:
-    """The tokenizer with a chat template and a pad token, set where it lacks them."""
-    if loaded.chat_template is None:
-        loaded.chat_template = plain_template(loaded)
-    if loaded.pad_token is None:
-        loaded.pad_token = loaded.eos_token
-    return loaded
-
-
-def plain_template(loaded: Any) -> str:
-    """itune's own chat template: markers where the vocabulary has them, else plain words."""
-    name = "markers" if USER in loaded.get_vocab() else "plain"
-    return (resources.files("itune") / f"chat_{name}.jinja").read_text(encoding="utf-8")
-
-
-def train_tokenizer(wanted: recipes.TokenizerRecipe, texts: Iterator[str]) -> Any:
-    """A byte-level tokenizer of `vocab_size` entries trained on texts, with control tokens."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
-    from tokenizers import models as kinds
-
-    special = [PAD, BOS, EOS, USER, ASSISTANT]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    common: dict[str, Any] = {
-        "vocab_size": wanted.vocab_size,
-        "special_tokens": special,
-        "show_progress": False,
-        "initial_alphabet": alphabet,
-    }
-    trainer: Any
-    if wanted.algorithm == "unigram":
-        built, trainer = Tokenizer(kinds.Unigram()), trainers.UnigramTrainer(**common)
-    else:
-        built, trainer = Tokenizer(kinds.BPE()), trainers.BpeTrainer(**common)
-    # Every piece starts like a word inside a text, so that an answer's first word is the same
-    # token as in the middle of a sentence.
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    built.decoder = decoders.ByteLevel()
-    built.train_from_iterator(texts, trainer)
-    return with_template(
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=built,
-            bos_token=BOS,
-            eos_token=EOS,
-            pad_token=PAD,
-            additional_special_tokens=[USER, ASSISTANT],
-        )
-    )
+    return with_template(loaded, kind)
 
 
 # --- models -------------------------------------------------------------------------------
 
 
 def family(config: Any) -> str:
-    """causal, seq2seq or masked, from a config's own flags and registered classes."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq"
-    auto = transformers.models.auto.modeling_auto
-    causal = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.model_type in masked and not any("CausalLM" in a for a in config.architectures or ()):
-        return "masked"
-    if config.model_type in causal:
-        return "causal"
+    """causal, seq2seq or masked, by transformers' own tables of what a config's model may be."""
+    known = transformers.models.auto.modeling_auto
+    kind, named = config.model_type, set(config.architectures or ())
+    tables = {
+        families.SEQ2SEQ: known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        families.MASKED: known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        families.CAUSAL: known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    able = [name for name, table in tables.items() if kind in table]
+    if not getattr(config, "is_encoder_decoder", False):
+        able = [name for name in able if name != families.SEQ2SEQ]
+    if families.CAUSAL in able and getattr(config, "is_decoder", False):
+        return families.CAUSAL
+    # A type may be several: what its checkpoint was decides, then the order above.
+    was = [name for name in able if named & set(_listed(tables[name][kind]))]
+    if able:
+        return (was or able)[0]
     raise errors.ModelError(
-        f"model type {config.model_type!r}: neither a causal, a seq2seq nor a masked language "
+        f"model type {kind!r}: neither a causal, a seq2seq nor a masked language "
         "model. Set model.family if it is one all the same."
     )
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def load(
@@ -284,13 +263,12 @@ def load(
                 f"quantization: {name} is an adapter on a base, which only together are whole. "
                 "Merge it first (output.merge) and name its merged/ folder."
             )
-        return _merged_base(name, location, place)
+        return _merged_base(name, location, wanted, place)
     config = from_library(
         name,
         lambda: transformers.AutoConfig.from_pretrained(location, revision=wanted.revision),
     )
     kind = wanted.family or family(config)
-    _only_causal(kind, name)
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
     if wanted.attn_implementation:
         options["attn_implementation"] = wanted.attn_implementation
@@ -326,36 +304,44 @@ def use_liger(model: Any, place: Placement) -> None:
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
-def _merged_base(name: str, location: str, place: Placement) -> Any:
-    import peft
-
-    loaded = from_library(
-        name,
-        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(location, dtype=place.dtype),
-    )
+def _merged_base(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
+    loaded = adapted(name, location, wanted, place)
+    if not hasattr(loaded.base_model, "merge_and_unload"):
+        return loaded
     return loaded.merge_and_unload().to(place.device)
 
 
-def _only_causal(kind: str, name: str) -> None:
-    if kind != "causal":
-        raise errors.ModelError(
-            f"{name}: a {kind} model; itune trains causal language models so far. "
-            "Choose a decoder such as HuggingFaceTB/SmolLM2-135M."
-        )
+def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
+    """A saved adapter on its base, not quantised."""
+    import peft
 
-
-def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int) -> Any:
-    """A model with random weights from a recipe's `from_scratch`. Raises ModelError."""
-    ids = {
-        "vocab_size": len(loaded),
-        "pad_token_id": loaded.pad_token_id,
-        "bos_token_id": loaded.bos_token_id,
-        "eos_token_id": loaded.eos_token_id,
+    kind = family_of(wanted)
+    autos = {
+        families.CAUSAL: peft.AutoPeftModelForCausalLM,
+        families.SEQ2SEQ: peft.AutoPeftModelForSeq2SeqLM,
     }
-    config = _blank_config(scratch, ids)
+    if kind in autos:
+        return from_library(
+            name, lambda: autos[kind].from_pretrained(location, dtype=place.dtype)
+        ).to(place.device)
+    settings = adapter_of(location) or {}
+    base = wanted.model_copy(
+        update={
+            "name": settings["base_model_name_or_path"],
+            "revision": settings.get("revision"),
+        }
+    )
+    return from_library(name, lambda: peft.PeftModel.from_pretrained(load(base, place), location))
+
+
+def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> Any:
+    """A model with random weights from a recipe's `from_scratch`. Raises ModelError."""
+    scratch = wanted.from_scratch
+    if scratch is None:
+        raise ValueError("no from_scratch")
+    config = _blank_config(scratch, _ids(scratch, loaded))
     try:
-        kind = family(config)
-        _only_causal(kind, f"model.from_scratch.model_type {scratch.model_type!r}")
+        kind = wanted.family or family(config)
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -366,6 +352,28 @@ def build(scratch: recipes.FromScratch, loaded: Any, place: Placement, seed: int
         with torch.no_grad():
             table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
     return model.to(place.device)
+
+
+def _ids(scratch: recipes.FromScratch, loaded: Any) -> dict[str, Any]:
+    """The fields of a config that follow from the tokenizer."""
+    ids = {
+        "vocab_size": len(loaded),
+        "pad_token_id": loaded.pad_token_id,
+        "bos_token_id": loaded.bos_token_id,
+        "eos_token_id": loaded.eos_token_id,
+    }
+    blank = transformers.AutoConfig.for_model(scratch.model_type)
+    for name in ("cls_token_id", "sep_token_id"):
+        if hasattr(blank, name):
+            ids[name] = getattr(loaded, name)
+    if getattr(blank, "is_encoder_decoder", False):
+        # BART's kind starts an answer from the end token, T5's from padding.
+        start = getattr(blank, "decoder_start_token_id", None)
+        ends = start is not None and start == blank.eos_token_id
+        ids["decoder_start_token_id"] = loaded.eos_token_id if ends else loaded.pad_token_id
+        if getattr(blank, "forced_eos_token_id", None) is not None:
+            ids["forced_eos_token_id"] = loaded.eos_token_id
+    return ids
 
 
 def _blank_config(scratch: recipes.FromScratch, ids: dict[str, Any]) -> Any:
@@ -395,7 +403,7 @@ def _unbuildable(scratch: recipes.FromScratch, error: Exception) -> errors.Model
 
 def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
     """Refuse examples longer than the model's positions, and ids beyond its embeddings."""
-    room = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    room = positions(model)
     longest = int(corpus.lengths.max())
     if longest > room:
         raise errors.RecipeError(
@@ -409,6 +417,19 @@ def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:
             f"the tokenizer gives id {highest}, the model embeds {entries} tokens. They do not "
             "belong together: name a model with its own tokenizer."
         )
+
+
+def positions(model: Any) -> int:
+    """How many tokens a model has positions for; a large number where its config sets none.
+
+    RoBERTa's kind counts from beyond its padding's id.
+    """
+    room = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings"):
+            spared = getattr(module, "padding_idx", None)
+            return room if spared is None else room - spared - 1
+    return room
 
 
 def recompute(model: Any) -> None:

@@ -80,6 +80,7 @@ DECIDING = (
     "cases",
     "chats",
     "encoding",
+    "families",
     "files",
     "fitting",
     "formats",
@@ -135,6 +136,11 @@ class Job:
     training: recipes.Training
     visits: int | None
 
+    @functools.cached_property
+    def _encoder(self) -> encoding.Encoder:
+        """The encoder, told of the choices that the template has."""
+        return self.encoder.answering(self.reading.choices)
+
     @property
     def budget(self) -> int | None:
         """Tokens that a stream is read for; None for all of it."""
@@ -152,6 +158,7 @@ class Job:
                 "rows": self.rows.identity,
                 "template": None if template is None else template.model_dump(mode="json"),
                 "format": self.reading.format,
+                "family": self.encoder.family,
                 "tokenizer": tokenizer_digest(self.encoder.tokenizer),
                 "max_length": self.training.max_length,
                 "train_on": self.training.train_on,
@@ -205,11 +212,8 @@ class Job:
                 continue
             text = cases.placed(self.rows, self.reading, index, row, 0).text or ""
             out.row(text)
-            (whole,) = self.encoder.documents([text])
-            for first in range(0, len(whole.ids), longest):
-                part = whole.ids[first : first + longest]
-                guarded = whole.guarded and not first
-                out.keep(encoding.Tokens(part, [True] * len(part), guarded), index, 0, False)
+            for piece in self.encoder.pieces(text, longest):
+                out.keep(piece, index, 0, False)
             out.tally.kept += 1
 
     def _conversations(self, out: _Out, batch: Sequence[Numbered]) -> None:
@@ -235,7 +239,7 @@ class Job:
             fitted: encoding.Tokens | None = tokens
             if len(tokens.ids) > limit:
                 fitted = fitting.example(
-                    example, self.reading, row, wording, self.encoder, limit, train_on
+                    example, self.reading, row, wording, self._encoder, limit, train_on
                 )
                 too_long |= fitted is None
             if fitted is not None and any(fitted.supervised[1:]):
@@ -246,11 +250,11 @@ class Job:
 
     def _encoded(self, jobs: list[Any], train_on: str) -> list[encoding.Tokens]:
         try:
-            return self.encoder.conversations([job[3].messages for job in jobs], train_on=train_on)
+            return self._encoder.conversations([job[3].messages for job in jobs], train_on=train_on)
         except errors.DataError:
             for index, _, _, example in jobs:  # which one is it?
                 try:
-                    self.encoder.conversation(example.messages, train_on=train_on)
+                    self._encoder.conversation(example.messages, train_on=train_on)
                 except errors.DataError as error:
                     raise errors.DataError(f"{self.rows.place(index)}: {error}") from error
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,11 +51,15 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """How a run computes: how rows share a batch, how the loss is made, and why, in one line."""
+    """How a run computes: how rows share a batch, how the loss is made, and why, in one line.
+
+    padding: how rows are padded where the layout is that; None for a decoder's plain way.
+    """
 
     layout: str
     head: str
     why: str
+    padding: batches.Collate | None = None
 
     @property
     def padded(self) -> bool:
@@ -65,7 +69,7 @@ class Path:
     def collate(self, pad_id: int) -> batches.Collate:
         """The function that makes a micro-batch for this path."""
         known: dict[str, batches.Collate] = {ROWS: batches.packed, MASK: batches.flat}
-        return known.get(self.layout) or batches.padder(pad_id)
+        return known.get(self.layout) or self.padding or batches.padder(pad_id)
 
 
 @dataclass(frozen=True)
@@ -78,28 +82,36 @@ class _Seen:
 
 
 def choose(
-    model: Any, longest: int, *, packing: bool = True, autocast: Autocast = contextlib.nullcontext
+    model: Any,
+    longest: int,
+    *,
+    packing: bool = True,
+    autocast: Autocast = contextlib.nullcontext,
+    padding: batches.Collate | None = None,
 ) -> Path:
     """The leanest exact path for a model, which is left in the attention that the path needs.
 
     longest: tokens of the longest row of the run; a sliding window beyond it plays no part.
+    padding: how the rows of an encoder or an encoder-decoder are collated, which are never packed.
     Random state, gradients and weights are as before. Raises nothing of the model's own: a way
     that fails is a way that is not taken.
     """
     attention.register()
     own = model.config._attn_implementation
     with _undisturbed(model):
-        probe = _Probe(model, own, longest, autocast)
+        probe = _Probe(model, own, longest, autocast, padding)
         head, notes = _head(probe)
         layout = PADDING
-        if not packing:
+        if padding is not None:
+            pass
+        elif not packing:
             notes.append("training.packing is off")
         else:
             layout, refused = _layout(probe, head)
             notes += refused
     model.set_attn_implementation(attention.NAME if layout == ROWS else own)
     why = f"batches: {LAYOUTS[layout]}, {HEADS[head]}"
-    return Path(layout, head, f"{why} ({'; '.join(notes)})" if notes else why)
+    return Path(layout, head, f"{why} ({'; '.join(notes)})" if notes else why, padding)
 
 
 def _head(probe: _Probe) -> tuple[str, list[str]]:
@@ -134,12 +146,19 @@ def _layout(probe: _Probe, head: str) -> tuple[str, list[str]]:
 class _Probe:
     """Five tiny rows and what the model makes of each alone."""
 
-    def __init__(self, model: Any, own: str, longest: int, autocast: Autocast) -> None:
-        self.model, self.own, self.autocast = model, own, autocast
+    def __init__(
+        self,
+        model: Any,
+        own: str,
+        longest: int,
+        autocast: Autocast,
+        padding: batches.Collate | None = None,
+    ) -> None:
+        self.model, self.own, self.autocast, self.padding = model, own, autocast, padding
         trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)
         room = np.cumsum([p.numel() for p in trained]) <= _COMPARED
         self.compared = [p for p, fits in zip(trained, room, strict=True) if fits] or trained[:1]
-        self.rows = _rows(model, longest)
+        self.rows = _rows(model, longest, decoder=padding is None)
         self.device = next(model.parameters()).device
         self.alone = self._alone()
         self.tolerance = EXACT
@@ -169,9 +188,10 @@ class _Probe:
         every, total = [], torch.zeros((), device=self.device)
         gradients: list[torch.Tensor | None] = [None] * len(self.compared)
         for k in range(len(self.rows)):
-            row = batches.flat(self.rows, np.array([k])).to(self.device)
+            row = (self.padding or batches.flat)(self.rows, np.array([k])).to(self.device)
             with self.autocast():
-                logits = self.model(input_ids=row.ids, use_cache=False).logits
+                logits = self.model(**replace(row, positions=None, mask=None).inputs()).logits
+            logits = losses.own(logits, row)
             every.append(logits[0].detach().float())
             if not len(row.wanted):
                 continue
@@ -184,11 +204,11 @@ class _Probe:
 
     def _seen(self, layout: str, head: str) -> _Seen:
         self.model.set_attn_implementation(attention.NAME if layout == ROWS else self.own)
-        collate = Path(layout, head, "").collate(pad_id=0)
+        collate = Path(layout, head, "", self.padding).collate(pad_id=0)
         batch = collate(self.rows, np.arange(len(self.rows))).to(self.device)
         with torch.no_grad(), self.autocast():
-            logits = self.model(**batch.inputs()).logits.float()
-        real = logits[0] if batch.mask is None else logits[batch.mask.bool()]
+            logits = losses.own(self.model(**batch.inputs()).logits.float(), batch)
+        real = logits[0] if batch.mask is None else logits[_real(batch)]
         with self.autocast():
             loss = losses.summed(self.model, batch, head=head)
         return _Seen(real, float(loss.detach()), self._gradients(loss))
@@ -216,6 +236,13 @@ class _Probe:
         return max(float("inf") if value != value else value for value in each)
 
 
+def _real(batch: batches.Batch) -> torch.Tensor:
+    """Where a padded batch has an output that is somebody's: bool [examples, longest]."""
+    if batch.mask is None or batch.decoder is not None:
+        return batch.targets != batches.IGNORED
+    return batch.mask.bool()
+
+
 def _apart(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     if a is None or b is None:
         present = a if b is None else b
@@ -223,12 +250,12 @@ def _apart(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     return float((a - b).abs().max())
 
 
-def _rows(model: Any, longest: int) -> data.Corpus:
+def _rows(model: Any, longest: int, *, decoder: bool = True) -> data.Corpus:
     """Rows of ids that any vocabulary has: a single token, a pair, one beyond the window if any.
 
-    Half of each is not learnt, as a prompt is not.
+    Half of each is not learnt, as a prompt is not; only a decoder may have an empty prompt.
     """
-    lengths = [7, 1, 12, 2, 5]
+    lengths = [7, 1, 12, 2, 5] if decoder else [7, 2, 12, 3, 5]
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if isinstance(window, int) and 0 < window < longest:
         lengths[4] = window + 3

@@ -48,8 +48,9 @@ Steps = Annotated[Number, Field(gt=0), pydantic.AfterValidator(_share_or_count)]
 class TokenizerRecipe(Record):
     """A tokenizer trained on the training data before the model starts."""
 
-    algorithm: Literal["bpe", "unigram"] = "bpe"
-    """How text is cut: bpe (over bytes) or unigram."""
+    algorithm: Literal["bpe", "unigram", "wordpiece"] = "bpe"
+    """How text is cut: bpe or unigram (over bytes), or wordpiece (as BERT does; it keeps neither
+    line breaks nor characters that the training data lacks)."""
     vocab_size: Annotated[Whole, Field(ge=16, le=10_000_000)]
     """Entries of the vocabulary, special tokens included."""
 
@@ -215,6 +216,16 @@ class Training(Record):
     """Tokens of the longest example; a longer prompt is cut, an answer never."""
     packing: Flag = True
     """Put several examples in one row of the batch, hidden from each other."""
+    mlm_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
+    """The share of a document's tokens that is hidden, for masked and seq2seq models."""
+    whole_word_mask: Flag = False
+    """Hide whole words of a document, for masked models."""
+    mask_replace_prob: Annotated[Number, Field(ge=0, le=1)] = 0.8
+    """The share of the hidden tokens that become the mask token, for masked models."""
+    random_replace_prob: Annotated[Number, Field(ge=0, le=1)] = 0.1
+    """The share of the hidden tokens that become any token; the rest stays as it is."""
+    mean_noise_span_length: Annotated[Number, Field(ge=1)] = 3.0
+    """Mean length in tokens of the spans that are hidden in a document, for seq2seq models."""
     row_losses: Flag = False
     """Write each training row's mean loss at every visit to `row_losses.jsonl`; changes nothing."""
     profile: Flag = False

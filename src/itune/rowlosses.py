@@ -34,7 +34,9 @@ def of_batch(
     sums.index_add_(0, owners, torch.cat(list(each)).double())
     counts = torch.bincount(owners, minlength=len(rows))
     records = []
-    for row, total, count in zip(rows.tolist(), sums.tolist(), counts.tolist(), strict=True):
+    for row, total, count in zip(
+        (rows % len(corpus)).tolist(), sums.tolist(), counts.tolist(), strict=True
+    ):
         if count:
             source = int(corpus.source[row])
             records.append(

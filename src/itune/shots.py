@@ -164,6 +164,7 @@ def _fitted(
     asked: for each case its messages with all shots, with one fewer, ..., with none.
     """
     cases, cut = [], 0
+    encoder = encoder.answering(task.template.choices)
     whole = encoder.conversations([options[0] for options in asked], prompt=True)
     for case, options, tokens in zip(task.cases, asked, whole, strict=True):
         messages, ids = options[0], tokens.ids

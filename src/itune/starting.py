@@ -15,25 +15,38 @@ from itune import (
     data,
     encoding,
     errors,
+    families,
     launching,
     models,
+    objectives,
     plans,
     recipes,
     runs,
+    vocabularies,
 )
 
 Say = Callable[[str], None]
 
 
 def planned(
-    settings: recipes.Training, corpus: data.Corpus, *, world: int, padded: bool
+    settings: recipes.Training,
+    corpus: data.Corpus,
+    *,
+    world: int,
+    padded: bool,
+    changing: bool = False,
 ) -> plans.Plan:
-    """The steps of a run."""
+    """The steps of a run; `changing`: what an example is differs from visit to visit."""
+    lengths: Any = corpus.lengths
+    targets: Any = corpus.targets
+    if changing:
+        order = objectives.visits(corpus, settings.seed)
+        lengths, targets = objectives.Repeated(lengths), objectives.Repeated(targets)
     micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
     return plans.plan(
-        lambda epoch: corpus.epoch(epoch, settings.seed),
-        corpus.lengths,
-        corpus.targets,
+        order if changing else lambda epoch: corpus.epoch(epoch, settings.seed),
+        lengths,
+        targets,
         tokens_per_step=settings.tokens_per_step,
         micro_batch_tokens=micro,
         epochs=settings.num_train_epochs,
@@ -48,7 +61,8 @@ def prepared(
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
     """The encoder, the training data and the held-out data."""
     settings, command = recipe.training, str(run.manifest["command"])
-    encoder = encoding.Encoder(tokenizer(recipe, run, command))
+    made = tokenizer(recipe, run, command)
+    encoder = families.encoder(models.family_of(recipe.model), made)
     corpus = data.corpus(
         recipe.data.train,
         encoder,
@@ -59,6 +73,10 @@ def prepared(
     )
     _refuse_other_rows(run, corpus)
     heldout = data.heldout(recipe, encoder, command)
+    objective = objectives.of(encoder, settings)
+    corpus = objectives.counted(corpus, objective, encoder.room)
+    if heldout is not None:
+        heldout = objectives.counted(heldout, objective, encoder.room)
     contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
 
@@ -77,15 +95,16 @@ def _refuse_other_rows(run: runs.Run, corpus: data.Corpus) -> None:
 
 def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
     """The tokenizer that a recipe names, or the one trained on its texts, kept with the run."""
-    scratch = recipe.model.from_scratch
+    scratch, kind = recipe.model.from_scratch, models.family_of(recipe.model)
     if scratch is None:
-        return models.tokenizer(recipe.model.name or "", revision=recipe.model.revision)
+        return models.tokenizer(recipe.model.name or "", revision=recipe.model.revision, kind=kind)
     if isinstance(scratch.tokenizer, str):
-        return models.tokenizer(scratch.tokenizer)
+        return models.tokenizer(scratch.tokenizer, kind=kind)
     kept = None if run is None else run.dir / "tokenizer"
     if kept is not None and kept.is_dir():
-        return models.tokenizer(str(kept))
-    made = models.train_tokenizer(scratch.tokenizer, data.texts(recipe.data.train, command))
+        return models.tokenizer(str(kept), kind=kind)
+    texts = data.texts(recipe.data.train, command)
+    made = vocabularies.train(scratch.tokenizer, texts, kind)
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)
@@ -100,7 +119,7 @@ def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -
             recipe.model, place, full=recipe.adapter is None, quantization=recipe.quantization
         )
     else:
-        model = models.build(recipe.model.from_scratch, tokenizer, place, recipe.training.seed)
+        model = models.build(recipe.model, tokenizer, place, recipe.training.seed)
     if recipe.training.use_liger_kernel:
         models.use_liger(model, place)
     return model

@@ -1,0 +1,205 @@
+"""The families of models: what an example is for a decoder, an encoder-decoder and an encoder.
+
+A decoder reads prompt and answer as one text. An encoder-decoder reads the prompt and writes the
+answer. An encoder fills masks in the answer's place. All keep an example as one row of ids with
+the answer's supervised, so that whatever counts, orders and caches rows knows one kind alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from itune import encoding, errors
+
+CAUSAL, SEQ2SEQ, MASKED = "causal", "seq2seq", "masked"
+
+
+def encoder(family: str, tokenizer: Any) -> encoding.Encoder:
+    """The encoder of a family. Raises ModelError where the tokenizer lacks a token it needs."""
+    return ENCODERS[family](tokenizer)
+
+
+class _Apart(encoding.Encoder):
+    """Prompt and answer are rendered apart, and a text has the tokenizer's own frame around it.
+
+    prefix, suffix: the ids that the tokenizer sets before and after a text, such as [CLS] and
+    [SEP]; none where it sets none.
+    """
+
+    def _prepare(self) -> None:
+        self.prefix, self.suffix = _frame(self.tokenizer)
+
+    def _framed(self, ids: Sequence[int], learnt: bool, guarded: bool) -> encoding.Tokens:
+        whole = [*self.prefix, *ids, *self.suffix]
+        supervised = [False] * len(whole)
+        if learnt:
+            supervised[len(self.prefix) : len(whole) - len(self.suffix)] = [True] * len(ids)
+        return encoding.Tokens(whole, supervised, guarded)
+
+    def _asked(
+        self, batch: Sequence[encoding.Messages], *, prompt: bool
+    ) -> tuple[list[encoding.Tokens], list[str]]:
+        """The prompt of each conversation, and the answer to it: the last one of several."""
+        if prompt:
+            return super().conversations(batch, prompt=True), [""] * len(batch)
+        ends = [self._cuts(messages, "last", prompt=False).answers[0] for messages in batch]
+        before = [messages[:end] for messages, end in zip(batch, ends, strict=True)]
+        answers = [messages[end].content for messages, end in zip(batch, ends, strict=True)]
+        return super().conversations(before, prompt=True), answers
+
+
+class Pairs(_Apart):
+    """Encodes for an encoder-decoder: the prompt for its encoder, then the answer to learn.
+
+    Both are texts of their own, framed as the tokenizer frames a text; an answer ends with the
+    end-of-sequence token in any case. Of a conversation the last answer is learnt.
+    """
+
+    family = SEQ2SEQ
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self.opening = len(self.prefix)
+        if self.eos_id not in self.suffix:
+            self.suffix = [*self.suffix, self.eos_id]
+        self.stop_id = self.eos_id
+        self.room = 1
+
+    def conversations(
+        self,
+        batch: Sequence[encoding.Messages],
+        *,
+        train_on: str = "assistant",
+        prompt: bool = False,
+    ) -> list[encoding.Tokens]:
+        """Tokens of each conversation, see `Encoder.conversations`; the last answer is learnt."""
+        asked, answers = self._asked(batch, prompt=prompt)
+        out = [self._framed(each.ids, False, each.guarded) for each in asked]
+        if prompt:
+            return out
+        return [
+            encoding.Tokens(
+                [*before.ids, *self.prefix, *ids, *self.suffix],
+                [False] * len(before.ids)
+                + [True] * (len(self.prefix) + len(ids) + len(self.suffix)),
+                before.guarded or guarded,
+            )
+            for before, (ids, guarded) in zip(out, self.texts.texts(answers), strict=True)
+        ]
+
+    def pieces(self, text: str, longest: int) -> list[encoding.Tokens]:
+        """A document in pieces of at most `longest` tokens, each with its end."""
+        ((ids, guarded),) = self.texts.texts([text])
+        room = max(1, longest - 1)
+        parts = [ids[k : k + room] for k in range(0, len(ids), room)]
+        return [
+            encoding.Tokens([*part, self.eos_id], [True] * (len(part) + 1), guarded and not number)
+            for number, part in enumerate(parts)
+        ]
+
+
+class Cloze(_Apart):
+    """Encodes for an encoder: the prompt, then a place for the answer that the model fills in.
+
+    The place has as many tokens as the longest choice, whatever the answer is, so that its size
+    tells nothing: what a shorter answer leaves is mask tokens without loss.
+    """
+
+    family = MASKED
+    even = True
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        if self.tokenizer.mask_token_id is None:
+            raise errors.ModelError(
+                "the tokenizer has no mask token, which a masked language model fills in. "
+                "Set mask_token in its tokenizer_config.json."
+            )
+        self.mask_id = int(self.tokenizer.mask_token_id)
+        self.choices: tuple[str, ...] = ()
+        self.width = 0
+        self.stop_id = self.eos_id
+        self.room = len(self.prefix) + len(self.suffix)
+
+    @property
+    def eos_id(self) -> int:
+        """The id that ends a text, or the mask's where the tokenizer has none."""
+        known = (self.tokenizer.sep_token_id, self.tokenizer.eos_token_id, self.mask_id)
+        return int(next(id_ for id_ in known if id_ is not None))
+
+    def answering(self, choices: Sequence[str]) -> encoding.Encoder:
+        """The encoder for prompts that have these choices."""
+        bound = copy.copy(self)
+        bound.choices = tuple(choices)
+        bound.width = max(map(len, bound.filled(bound.choices)), default=0)
+        return bound
+
+    def filled(self, answers: Sequence[str]) -> list[list[int]]:
+        """The ids of answers as they stand after a prompt, in the midst of a text."""
+        texts = [f" {answer.strip()}" for answer in answers]
+        return [
+            self.texts.bare(text, inner=True) if self.texts.forged(text, ids, ()) else ids
+            for text, ids in zip(texts, self.texts.ids(texts, inner=True), strict=True)
+        ]
+
+    def conversations(
+        self,
+        batch: Sequence[encoding.Messages],
+        *,
+        train_on: str = "assistant",
+        prompt: bool = False,
+    ) -> list[encoding.Tokens]:
+        """Tokens of each conversation, see `Encoder.conversations`; the last answer is learnt.
+
+        Raises DataError where there are no choices, or the answer is none of them.
+        """
+        if not self.width:
+            raise errors.DataError(
+                "a masked language model fills in one of a template's choices, and there are "
+                "none here. Take a template with choices, or a causal or seq2seq model."
+            )
+        asked, answers = self._asked(batch, prompt=prompt)
+        out = []
+        for before, answer, ids in zip(asked, answers, self.filled(answers), strict=True):
+            if prompt:
+                ids = []
+            elif answer not in self.choices:
+                raise errors.DataError(
+                    f"the answer {errors.shown(answer)} is none of the template's choices. "
+                    "Use choices in its response."
+                )
+            left = [self.mask_id] * (self.width - len(ids))
+            whole = [*self.prefix, *before.ids, *ids, *left, *self.suffix]
+            supervised = [False] * len(whole)
+            start = len(self.prefix) + len(before.ids)
+            supervised[start : start + len(ids)] = [True] * len(ids)
+            out.append(encoding.Tokens(whole, supervised, before.guarded))
+        return out
+
+    def pieces(self, text: str, longest: int) -> list[encoding.Tokens]:
+        """A document in pieces of at most `longest` tokens, each framed as a text."""
+        ((ids, guarded),) = self.texts.texts([text])
+        room = max(1, longest - self.room)
+        return [
+            self._framed(ids[k : k + room], True, guarded and not k)
+            for k in range(0, len(ids), room)
+        ]
+
+
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer sets before and after every text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for k in range(len(whole) - len(bare) + 1):
+        if whole[k : k + len(bare)] == bare:
+            return whole[:k], whole[k + len(bare) :]
+    return [], []
+
+
+ENCODERS: dict[str, type[encoding.Encoder]] = {
+    CAUSAL: encoding.Encoder,
+    SEQ2SEQ: Pairs,
+    MASKED: Cloze,
+}

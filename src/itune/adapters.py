@@ -92,16 +92,16 @@ def merged(model: Any) -> Any:
 
 
 @torch.no_grad()
-def merge_and_prove(model: Any, ids: torch.Tensor, folder: Path) -> float:
+def merge_and_prove(model: Any, sample: Mapping[str, Any], folder: Path) -> float:
     """Fold the adapter in, save the whole model, and return the largest difference of its logits.
 
-    ids int64 [1, tokens]: a sample prompt. Raises ModelError when the merged model answers
-    otherwise than base and adapter did.
+    sample: what the model is called with, by name: a sample prompt. Raises ModelError when the
+    merged model answers otherwise than base and adapter did.
     """
     model.eval()
-    before = model(input_ids=ids, use_cache=False).logits
+    before = model(**sample).logits
     whole = merged(model)
-    after = whole(input_ids=ids, use_cache=False).logits
+    after = whole(**sample).logits
     difference = float((before - after).abs().max())
     scale = float(before.abs().max())
     tolerance = (1e-4 if before.dtype == torch.float32 else 5e-2) * max(scale, 1.0)

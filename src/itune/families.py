@@ -62,8 +62,8 @@ class Pairs(_Apart):
     def _prepare(self) -> None:
         super()._prepare()
         self.opening = len(self.prefix)
-        if self.eos_id not in self.suffix:
-            self.suffix = [*self.suffix, self.eos_id]
+        ends = self.eos_id in self.suffix
+        self.closing = self.suffix if ends else [*self.suffix, self.eos_id]
         self.stop_id = self.eos_id
         self.room = 1
 
@@ -81,9 +81,9 @@ class Pairs(_Apart):
             return out
         return [
             encoding.Tokens(
-                [*before.ids, *self.prefix, *ids, *self.suffix],
+                [*before.ids, *self.prefix, *ids, *self.closing],
                 [False] * len(before.ids)
-                + [True] * (len(self.prefix) + len(ids) + len(self.suffix)),
+                + [True] * (len(self.prefix) + len(ids) + len(self.closing)),
                 before.guarded or guarded,
             )
             for before, (ids, guarded) in zip(out, self.texts.texts(answers), strict=True)

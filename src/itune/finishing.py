@@ -17,6 +17,7 @@ import torch
 from itune import adapters, decoding, encoding, families, models, recipes, runs, storage, training
 
 Say = Callable[[str], None]
+NO_CACHE: dict[str, Any] = {"use_cache": False}
 
 
 def base_of(
@@ -89,7 +90,10 @@ def merge(run: runs.Run, say: Say) -> None:
     model = models.adapted(str(run.dir), str(run.model_dir), named, place)
     ids = torch.tensor([encoder.text_ids("What is shown here?")], device=place.device)
     staged = run.dir / ".merged"
-    difference = adapters.merge_and_prove(model, ids, staged)
+    sample = {"input_ids": ids, **({} if encoder.family == families.MASKED else NO_CACHE)}
+    if encoder.family == families.SEQ2SEQ:
+        sample["decoder_input_ids"] = ids
+    difference = adapters.merge_and_prove(model, sample, staged)
     encoder.tokenizer.save_pretrained(staged)
     if encoder.family != families.MASKED:
         shutil.copy(run.model_dir / "generation_config.json", staged)

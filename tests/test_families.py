@@ -1,0 +1,443 @@
+"""Every family through the four commands and the one loop, from a tiny config."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import sentences, tiny_model, tiny_tokenizer
+
+from itune import (
+    batches,
+    data,
+    encoding,
+    errors,
+    families,
+    formats,
+    likelihoods,
+    losses,
+    models,
+    objectives,
+    recipes,
+    vocabularies,
+)
+
+USUAL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+FEW_HEADS = {**USUAL, "num_key_value_heads": 2}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("seq2seq", {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}),
+    "bert": ("masked", USUAL),
+    "gpt2": ("causal", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "bart": (
+        "seq2seq",
+        {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "roberta": ("masked", USUAL),
+    "modernbert": ("masked", USUAL),
+    "llama": ("causal", FEW_HEADS),
+    "qwen2": ("causal", FEW_HEADS),
+    "qwen3": ("causal", {**FEW_HEADS, "head_dim": 8}),
+    "mistral": ("causal", FEW_HEADS),
+    "gemma": ("causal", {**FEW_HEADS, "head_dim": 8}),
+    "phi": ("causal", USUAL),
+    "opt": (
+        "causal",
+        {
+            "hidden_size": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 32,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "gpt_neox": ("causal", USUAL),
+}
+QUICK = ("t5", "bert", "gpt2")
+TEMPLATE = """
+task: classification
+choices: [sad, very glad]
+prompts: ["{{ text }} How is it?", "Mood of: {{ text }}"]
+response: "{{ choices[label] }}"
+metrics: [accuracy]
+"""
+TRAINING = {"max_steps": 3, "tokens_per_step": 400, "max_length": 64, "learning_rate": 5e-3}
+
+
+def folder_with(folder: Path, kind: str, fields: dict[str, Any], algorithm: str = "bpe") -> None:
+    texts, rows = sentences(80), sentences(60)
+    (folder / "text.jsonl").write_text(
+        "".join(json.dumps({"text": " ".join(texts[k : k + 4])}) + "\n" for k in range(0, 80, 4))
+    )
+    labels = [int("likes" in text) for text in rows]
+    (folder / "moods.jsonl").write_text(
+        "".join(
+            json.dumps({"text": text, "label": label}) + "\n"
+            for text, label in zip(rows, labels, strict=True)
+        )
+    )
+    (folder / "mood.yaml").write_text(TEMPLATE)
+    scratch = {
+        "model_type": kind,
+        "tokenizer": {"algorithm": algorithm, "vocab_size": 330},
+        **fields,
+    }
+    source = {"path": "text.jsonl"}
+    pretrain = {
+        "model": {"from_scratch": scratch},
+        "data": {"train": source, "eval": {**source, "limit": 4}, "allow_overlap": True},
+        "training": {**TRAINING, "save_steps": 1},
+    }
+    task = {"path": "moods.jsonl", "template": "./mood.yaml"}
+    tune = {
+        "model": {"name": "runs/base"},
+        "data": {"train": task, "eval": {**task, "limit": 6}, "allow_overlap": True},
+        "training": TRAINING,
+        "evaluation": {"against": "base"},
+        "generation": {"max_new_tokens": 4},
+    }
+    (folder / "pretrain.yaml").write_text(json.dumps(pretrain))
+    (folder / "tune.yaml").write_text(json.dumps(tune))
+
+
+def weights(folder: Path) -> bytes:
+    (path,) = folder.glob("*.safetensors")
+    return path.read_bytes()
+
+
+def log(run: str) -> list[tuple[int, float, float]]:
+    lines = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in CONFIGS],
+)
+def test_every_architecture_goes_through_the_four_commands(
+    kind: str, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, fields = CONFIGS[kind]
+    folder_with(tmp_path, kind, fields)
+    ended = cli("pretrain", "-r", "pretrain.yaml", "-o", "runs/base")
+    assert ended.code == 0, ended.err
+    killed_and_resumed(cli, monkeypatch)
+    assert log("runs/killed") == log("runs/base")
+    assert weights(tmp_path / "runs/killed/model") == weights(tmp_path / "runs/base/model")
+    scores = cli("eval", "--run", "runs/base", "--json")
+    assert scores.code == 0, scores.err
+    assert json.loads(scores.out)["tasks"]["text"]["rows"] > 0
+
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/tuned")
+    assert ended.code == 0, ended.err
+    assert all(np.isfinite(loss) for _, loss, _ in log("runs/tuned"))
+    reloaded_without_itune(tmp_path / "runs/tuned/model", family)
+    scores = cli("eval", "--run", "runs/tuned", "--json")
+    assert scores.code == 0, scores.err
+    task = json.loads(scores.out)["tasks"]["mood"]
+    assert task["rows"] == 6
+    assert task["against"]["name"] == "base"
+
+    asked = cli("generate", "--run", "runs/tuned", "the cat sees some bread.", "--json")
+    if family == "masked":
+        assert asked.code == 2
+        assert "fills in masks and writes no text" in asked.err
+    else:
+        assert asked.code == 0, asked.err
+        assert 0 < json.loads(asked.out)["tokens"] <= 4
+
+
+def killed_and_resumed(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from itune import training
+
+    real = training._Loop._step
+
+    def dies_in_step_three(self: Any, step: Any) -> Any:
+        if self.at.step == 2:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(training._Loop, "_step", dies_in_step_three)
+    cli("pretrain", "-r", "pretrain.yaml", "-o", "runs/killed")
+    monkeypatch.setattr(training._Loop, "_step", real)
+    ended = cli("pretrain", "-r", "pretrain.yaml", "-o", "runs/killed")
+    assert "resuming after step 2 of 3" in ended.err, ended.err
+
+
+def reloaded_without_itune(folder: Path, family: str) -> None:
+    """What transformers loads from the folder answers as what itune loads, to the last bit."""
+    named = recipes.Model(name=str(folder))
+    assert models.family_of(named) == family
+    ours = models.load(named, models.placement(named)).eval()
+    auto = getattr(transformers, models.CLASSES[family])
+    theirs = auto.from_pretrained(folder, dtype=ours.dtype).eval()
+    ids = torch.arange(5, 25)[None]
+    more = {"decoder_input_ids": ids} if family == "seq2seq" else {}
+    with torch.no_grad():
+        a, b = (model(input_ids=ids, **more).logits for model in (ours, theirs))
+    assert float((a - b).abs().max()) == 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["unigram", "wordpiece"])
+@pytest.mark.parametrize("kind", ["t5", "bert", "gpt2"])
+def test_every_tokenizer_goes_with_every_family(
+    kind: str, algorithm: str, tmp_path: Path, cli: Any
+) -> None:
+    folder_with(tmp_path, kind, CONFIGS[kind][1], algorithm)
+    whole = ("-s", "training.whole_word_mask=true") if kind == "bert" else ()
+    ended = cli("pretrain", "-r", "pretrain.yaml", "-o", "runs/base", *whole)
+    assert ended.code == 0, ended.err
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/tuned")
+    assert ended.code == 0, ended.err
+
+
+# --- which family -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "family"),
+    [
+        ("llama", {}, "causal"),
+        ("t5", {}, "seq2seq"),
+        ("bart", {}, "seq2seq"),
+        ("bert", {}, "masked"),
+        ("bert", {"architectures": ["BertModel"]}, "masked"),
+        ("bert", {"is_decoder": True}, "causal"),
+        ("roberta", {"architectures": ["RobertaForCausalLM"]}, "causal"),
+        ("modernbert", {}, "masked"),
+        ("camembert", {"architectures": ["CamembertForMaskedLM"]}, "masked"),
+    ],
+)
+def test_the_family_is_read_from_the_config(kind: str, fields: dict[str, Any], family: str) -> None:
+    assert models.family(transformers.AutoConfig.for_model(kind, **fields)) == family
+
+
+def test_a_model_of_no_family_is_refused() -> None:
+    with pytest.raises(errors.ModelError, match="neither a causal, a seq2seq nor a masked"):
+        models.family(transformers.AutoConfig.for_model("vit"))
+
+
+# --- what is encoded --------------------------------------------------------------------------
+
+
+def conversation(answer: str) -> list[formats.Message]:
+    return [formats.Message("user", "the cat sees it."), formats.Message("assistant", answer)]
+
+
+def test_an_encoder_decoder_reads_the_prompt_and_learns_the_answer_and_its_end() -> None:
+    encoder = families.encoder("seq2seq", models.with_template(tiny_tokenizer(), "seq2seq"))
+    made = encoder.conversation(conversation("some bread"))
+    begin = made.supervised.index(True)
+    assert made.supervised == [False] * begin + [True] * (len(made.ids) - begin)
+    assert encoder.tokenizer.decode(made.ids[:begin]) == "the cat sees it."
+    assert encoder.tokenizer.decode(made.ids[begin:]) == "some bread</s>"
+    assert made.ids[:begin] == encoder.prompt(conversation("some bread")[:1])
+
+
+def test_the_number_of_masks_tells_nothing_of_the_answer() -> None:
+    tokenizer = models.with_template(tiny_tokenizer(), "masked")
+    encoder = families.encoder("masked", tokenizer).answering(["sad", "a long old answer"])
+    short, long = (
+        encoder.conversation(conversation(answer)) for answer in ("sad", "a long old answer")
+    )
+    assert len(short.ids) == len(long.ids)
+    assert sum(short.supervised) < sum(long.supervised)
+    corpus = data.from_tokens([short, long])
+    batch = collated(encoder, corpus, None)
+    assert torch.equal(batch.ids[0], batch.ids[1])  # what the model reads is the same
+    assert batch.ids[0].tolist() == encoder.prompt(conversation("sad")[:1])
+    with pytest.raises(errors.DataError, match="fills in one of a template's choices"):
+        families.encoder("masked", tokenizer).conversation(conversation("sad"))
+    with pytest.raises(errors.DataError, match="none of the template's choices"):
+        encoder.conversation(conversation("glad"))
+
+
+def collated(encoder: encoding.Encoder, corpus: data.Corpus, model: Any) -> batches.Batch:
+    collate = objectives.collate(encoder, model, recipes.Training())
+    assert collate is not None
+    return collate(corpus, np.arange(len(corpus)))
+
+
+# --- the loss and the choices against plain transformers -----------------------------------------
+
+
+def answers(family: str, n: int = 6) -> tuple[encoding.Encoder, data.Corpus]:
+    tokenizer = models.with_template(tiny_tokenizer(), family)
+    choices = ["sad", "a long old answer"]
+    encoder = families.encoder(family, tokenizer).answering(choices)
+    rows = [
+        [formats.Message("user", text), formats.Message("assistant", choices[k % 2])]
+        for k, text in enumerate(sentences(n))
+    ]
+    return encoder, data.from_tokens(encoder.conversations(rows))
+
+
+@pytest.mark.parametrize("split", [[[0, 1, 2, 3, 4, 5]], [[0], [1, 2, 3], [4, 5]]])
+def test_the_step_of_a_t5_is_the_full_batch_whatever_the_accumulation(
+    split: list[list[int]],
+) -> None:
+    model = tiny_model("seq2seq").eval()
+    encoder, corpus = answers("seq2seq")
+    pairs = []
+    for k in range(len(corpus)):
+        ids, learnt = (torch.from_numpy(np.array(x)) for x in corpus.example(k))
+        pairs.append((ids[~learnt].long(), ids[learnt].long()))
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([a for a, _ in pairs], batch_first=True, padding_value=2)
+    mask = pad([torch.ones_like(a) for a, _ in pairs], batch_first=True)
+    labels = pad([b for _, b in pairs], batch_first=True, padding_value=-100)
+    theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    theirs.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for head in (losses.TARGETS, losses.FULL):
+        model.zero_grad()
+        collate = objectives.collate(encoder, model, recipes.Training())
+        assert collate is not None
+        total, count = 0.0, int(corpus.targets.sum())
+        for rows in split:
+            loss = losses.summed(model, collate(corpus, np.array(rows)), head=head) / count
+            loss.backward()
+            total += float(loss.detach())
+        assert total == pytest.approx(float(theirs.detach()), abs=2e-6)
+        size = max(float(grad.abs().max()) for grad in wanted.values())
+        for name, parameter in model.named_parameters():
+            if name in wanted:
+                assert parameter.grad is not None
+                assert float((parameter.grad - wanted[name]).abs().max()) < 2e-6 * size + 1e-7
+
+
+def test_the_loss_of_masks_is_plain_transformers() -> None:
+    model = tiny_model("masked").eval()
+    encoder, corpus = answers("masked")
+    batch = collated(encoder, corpus, model)
+    theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.targets).loss
+    for head in (losses.TARGETS, losses.FULL):
+        ours = losses.summed(model, batch, head=head) / int(corpus.targets.sum())
+        assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=2e-6)
+
+
+@pytest.mark.parametrize("family", ["seq2seq", "masked"])
+def test_choices_are_as_likely_as_their_loss_says(family: str) -> None:
+    model = tiny_model(family).eval()
+    encoder, _ = answers(family)
+    choices = ["sad", "a long old answer"]
+    prompts = [[formats.Message("user", text)] for text in sentences(3)]
+    found = likelihoods.chances(model, encoder, prompts, choices)
+    for k, prompt in enumerate(prompts):
+        for c, choice in enumerate(choices):
+            row = encoder.conversation([*prompt, formats.Message("assistant", choice)])
+            batch = collated(encoder, data.from_tokens([row]), model)
+            logits = model(**batch.inputs()).logits
+            wanted = -F.cross_entropy(
+                logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
+            )
+            assert found.nats[k, c] == pytest.approx(float(wanted.detach()), abs=1e-3)
+            assert found.tokens[k, c] == int((batch.targets != -100).sum())
+
+
+# --- documents -----------------------------------------------------------------------------------
+
+
+def documents(family: str, lengths: list[int], **fields: Any) -> tuple[Any, data.Corpus]:
+    recipe = recipes.TokenizerRecipe(algorithm="bpe", vocab_size=330)
+    tokenizer = vocabularies.train(recipe, iter(sentences(100)), family)
+    encoder = families.encoder(family, tokenizer)
+    training = recipes.Training(**fields)
+    text = " ".join(sentences(400))
+    pieces = [encoder.pieces(text, n)[0] for n in lengths]
+    plain = data.from_tokens(pieces)
+    corpus = dataclasses.replace(plain, plain=(True,))
+    objective = objectives.of(encoder, training)
+    return objective, objectives.counted(corpus, objective, encoder.room)
+
+
+def test_masked_tokens_follow_berts_rule_and_change_with_the_visit() -> None:
+    objective, corpus = documents("masked", [900, 300, 3])
+    fates = {"mask": 0, "same": 0, "other": 0}
+    for visit in range(8):
+        for row in range(len(corpus)):
+            ids, targets = objective.example(corpus, row + visit * len(corpus))
+            raw = corpus.example(row)[0]
+            places = np.flatnonzero(targets != -100)
+            assert len(places) == corpus.targets[row]
+            assert (targets[places] == raw[places]).all()
+            assert not {0, len(raw) - 1} & set(places.tolist()), "the frame is never hidden"
+            assert (np.delete(ids, places) == np.delete(raw, places)).all()
+            for a, b in zip(ids[places], raw[places], strict=True):
+                fates["mask" if a == objective.mask_id else "same" if a == b else "other"] += 1
+    total = sum(fates.values())
+    assert corpus.targets.tolist() == [135, 45, 1]
+    assert fates["mask"] / total == pytest.approx(0.8, abs=0.04)
+    assert fates["other"] / total == pytest.approx(0.1, abs=0.03)
+    first, second = (objective.example(corpus, k * len(corpus))[0] for k in (0, 1))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, objective.example(corpus, 0)[0])
+
+
+def test_whole_words_are_hidden_whole() -> None:
+    objective, corpus = documents(
+        "masked", [400], whole_word_mask=True, mask_replace_prob=1, random_replace_prob=0
+    )
+    ids, targets = objective.example(corpus, 0)
+    raw = corpus.example(0)[0]
+    word = np.cumsum(objective.begins[raw])
+    hidden = ids == objective.mask_id
+    assert int((targets != -100).sum()) == corpus.targets[0] == round(0.15 * 398)
+    assert hidden[targets != -100].all()
+    for number in set(word[hidden].tolist()):
+        inside = (word == number) & (np.arange(len(raw)) < len(raw) - 1)
+        assert hidden[inside].all(), "a word is hidden in part"
+
+
+def test_spans_are_those_of_t5() -> None:
+    objective, corpus = documents("seq2seq", [512, 60, 2, 3])
+    sentinel = set(objective.sentinels.tolist())
+    for row in range(len(corpus)):
+        read, written = objective.example(corpus, row)
+        raw = corpus.example(row)[0][:-1].tolist()
+        assert read[-1] == written[-1] == objective.end
+        assert len(written) == corpus.targets[row]
+        # Put the spans back where their sentinels stand: it is the text again.
+        spans: dict[int, list[int]] = {}
+        for id_ in written[:-1].tolist():
+            if id_ in sentinel:
+                spans[id_] = current = []
+            else:
+                current.append(id_)
+        whole = [x for id_ in read[:-1].tolist() for x in spans.get(id_, [id_])]
+        assert whole == raw
+    hidden = round(511 * 0.15)
+    assert corpus.targets[0] == hidden + min(round(hidden / 3), len(sentinel)) + 1
+
+
+def test_each_visit_of_a_row_has_a_number_of_its_own() -> None:
+    _, corpus = documents("masked", [50, 40, 30])
+    source = recipes.Source(path="x", weight=2)
+    corpus = dataclasses.replace(corpus, sources=(source,), wordings=(1,))
+    epoch = objectives.visits(corpus, seed=1)
+    seen = np.concatenate([epoch(0), epoch(1)])
+    assert sorted(seen.tolist()) == list(range(12))
+    assert objectives.Repeated(corpus.lengths)[seen].sum() == 4 * corpus.lengths.sum()

@@ -78,7 +78,7 @@ def size(wanted: recipes.Model) -> int:
 def outline(wanted: recipes.Model) -> Any:
     """The model that a recipe names, without any weight: all that can be asked but numbers."""
     config = config_of(wanted)
-    auto = getattr(transformers, CLASSES[wanted.family or family(config)])
+    auto = getattr(transformers, CLASSES[_chosen(wanted, config)])
     with torch.device("meta"):
         return from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
 
@@ -87,7 +87,9 @@ def config_of(wanted: recipes.Model) -> Any:
     """The config of a model, of an adapter's base or of one from scratch; no weight is read."""
     if wanted.from_scratch is not None:
         chosen = wanted.from_scratch.tokenizer
-        entries = {} if isinstance(chosen, str) else {"vocab_size": chosen.vocab_size}
+        # Before there is a tokenizer; a type's own padding may lie beyond a small vocabulary.
+        trained = None if isinstance(chosen, str) else chosen.vocab_size
+        entries = {} if trained is None else {"vocab_size": trained, "pad_token_id": 0}
         return _blank_config(wanted.from_scratch, entries)
     name = wanted.name or ""
     location, revision = resolve(name), wanted.revision
@@ -101,7 +103,19 @@ def config_of(wanted: recipes.Model) -> Any:
 
 def family_of(wanted: recipes.Model) -> str:
     """The family of the model that a recipe names. Raises ModelError."""
-    return wanted.family or family(config_of(wanted))
+    return _chosen(wanted, config_of(wanted))
+
+
+def _chosen(wanted: recipes.Model, config: Any) -> str:
+    """The family that is wanted, if transformers has a model of it, or the config's own."""
+    if wanted.family is None:
+        return family(config)
+    if config.model_type not in _tables()[wanted.family]:
+        raise errors.ModelError(
+            f"model.family: {wanted.family}, but transformers has no {wanted.family} model of type "
+            f"{config.model_type!r}. Leave it out."
+        )
+    return wanted.family
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -210,13 +224,7 @@ def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CA
 
 def family(config: Any) -> str:
     """causal, seq2seq or masked, by transformers' own tables of what a config's model may be."""
-    known = transformers.models.auto.modeling_auto
-    kind, named = config.model_type, set(config.architectures or ())
-    tables = {
-        families.SEQ2SEQ: known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        families.MASKED: known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        families.CAUSAL: known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    }
+    kind, named, tables = config.model_type, set(config.architectures or ()), _tables()
     able = [name for name, table in tables.items() if kind in table]
     if not getattr(config, "is_encoder_decoder", False):
         able = [name for name in able if name != families.SEQ2SEQ]
@@ -230,6 +238,16 @@ def family(config: Any) -> str:
         f"model type {kind!r}: neither a causal, a seq2seq nor a masked language "
         "model. Set model.family if it is one all the same."
     )
+
+
+def _tables() -> dict[str, Any]:
+    """For each family which class transformers has for a type of model."""
+    known = transformers.models.auto.modeling_auto
+    return {
+        families.SEQ2SEQ: known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        families.MASKED: known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        families.CAUSAL: known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
 
 
 def _listed(value: Any) -> tuple[str, ...]:
@@ -268,7 +286,7 @@ def load(
         name,
         lambda: transformers.AutoConfig.from_pretrained(location, revision=wanted.revision),
     )
-    kind = wanted.family or family(config)
+    kind = _chosen(wanted, config)
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
     if wanted.attn_implementation:
         options["attn_implementation"] = wanted.attn_implementation
@@ -341,7 +359,7 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
         raise ValueError("no from_scratch")
     config = _blank_config(scratch, _ids(scratch, loaded))
     try:
-        kind = wanted.family or family(config)
+        kind = _chosen(wanted, config)
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:

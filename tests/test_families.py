@@ -232,12 +232,12 @@ def test_every_tokenizer_goes_with_every_family(
     ],
 )
 def test_the_family_is_read_from_the_config(kind: str, fields: dict[str, Any], family: str) -> None:
-    assert models.family(transformers.AutoConfig.for_model(kind, **fields)) == family
+    assert families.family(transformers.AutoConfig.for_model(kind, **fields)) == family
 
 
 def test_a_model_of_no_family_is_refused() -> None:
     with pytest.raises(errors.ModelError, match="neither a causal, a seq2seq nor a masked"):
-        models.family(transformers.AutoConfig.for_model("vit"))
+        families.family(transformers.AutoConfig.for_model("vit"))
 
 
 # --- what is encoded --------------------------------------------------------------------------

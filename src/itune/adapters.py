@@ -6,7 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,34 @@ TASKS = {
 }
 
 
+# What does not come out right whatever the recipe says: why, and what to take instead.
+REFUSED = {
+    "XLORA": "its saved router is not what is loaded again, so the result would answer otherwise. "
+    "Use lora",
+    "ADALORA": "its ranks are shared out by a call in each step that is part of no other method, "
+    "and a loaded adapter fails on labels. Use lora, with use_rslora for a high rank",
+    "POLY": "it needs a number for the task of each row. Use lora",
+    "MULTITASK_PROMPT_TUNING": "it needs a number for the task of each row. Use prompt_tuning",
+}
+
+
+def _refuse_broken(kind: str, given: Mapping[str, Any]) -> None:
+    """Raise RecipeError for what is known not to work, with the reason and what to use instead."""
+    why = REFUSED.get(kind)
+    if why is not None:
+        raise errors.RecipeError(f"adapter.peft_type: {kind.lower()}: {why}.")
+    if given.get("init_lora_weights") == "loftq" and not torch.cuda.is_available():
+        raise errors.RecipeError(
+            "adapter.init_lora_weights: loftq: peft computes it on a GPU alone, and there is none. "
+            "Leave it out, or set it to pissa."
+        )
+    if given.get("init_lora_weights") == "eva":
+        raise errors.RecipeError(
+            "adapter.init_lora_weights: eva: it looks at training rows before the first step, "
+            "which no recipe can tell it. Leave it out, or set it to pissa."
+        )
+
+
 def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
     """The peft config that a recipe's `adapter` section names. Raises RecipeError."""
     import peft
@@ -37,6 +65,7 @@ def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
             f"{errors.nearest(kind.lower(), names)}"
         )
     fields = inspect.signature(known[kind]).parameters
+    _refuse_broken(kind, given)
     errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
     try:
         return known[kind](task_type=peft.TaskType[TASKS[family]], **given)
@@ -71,15 +100,21 @@ def attach(
     torch.manual_seed(seed)
     try:
         return peft.get_peft_model(model, wanted)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise errors.RecipeError(
             f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
 
 
+def prepends(model: Any) -> bool:
+    """Whether an adapter sets tokens of its own before a text, so that places are its business."""
+    settings = getattr(model, "active_peft_config", None)
+    return settings is not None and bool(settings.is_prompt_learning)
+
+
 def refuse_unmergeable(model: Any) -> None:
     """Raise RecipeError before a run whose adapter could not be folded into its base after it."""
-    if not hasattr(model, "merge_and_unload"):
+    if prepends(model) or not hasattr(model, "merge_and_unload"):
         raise errors.RecipeError(
             "output.merge: this adapter cannot be folded into its base. Set output.merge: false."
         )
@@ -88,7 +123,13 @@ def refuse_unmergeable(model: Any) -> None:
 def merged(model: Any) -> Any:
     """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
     refuse_unmergeable(model)
-    return model.merge_and_unload(safe_merge=True)
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        raise errors.RecipeError(
+            f"output.merge: this adapter cannot be folded into its base: "
+            f"{' '.join(str(error).split())[:200]}. Set output.merge: false."
+        ) from error
 
 
 @torch.no_grad()
@@ -117,14 +158,30 @@ def merge_and_prove(model: Any, sample: Mapping[str, Any], folder: Path) -> floa
 def folded(base: Any, location: str) -> Any:
     """The base with the adapter of a folder folded into its own weights: no second copy.
 
-    Raises ModelError where the adapter does not go with it.
+    What cannot be folded in stays an adapter on the base. Raises ModelError where the adapter does
+    not go with it.
     """
     import peft
 
+    def on_base() -> Any:
+        try:
+            return peft.PeftModel.from_pretrained(base, location)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise errors.ModelError(
+                f"{location}: this adapter does not go with its base: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+
+    return merged_or_not(on_base)
+
+
+def merged_or_not(load: Callable[[], Any]) -> Any:
+    """An adapter on its base, loaded and folded in; loaded alone where it cannot be folded in."""
+    loaded = load()
+    if prepends(loaded) or not hasattr(loaded, "merge_and_unload"):
+        return loaded
     try:
-        loaded = peft.PeftModel.from_pretrained(base, location)
-    except (ValueError, RuntimeError, KeyError) as error:
-        raise errors.ModelError(
-            f"{location}: this adapter does not go with its base: {' '.join(str(error).split())}"
-        ) from error
-    return loaded.merge_and_unload()
+        return loaded.merge_and_unload()
+    except (NotImplementedError, ValueError):
+        loaded.unload()
+        return load()

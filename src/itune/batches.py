@@ -213,11 +213,13 @@ def _batch(
     )
 
 
-def padder(pad_id: int) -> Collate:
-    """The function that collates by padding with `pad_id`."""
+def padder(pad_id: int, *, places: bool = True) -> Collate:
+    """The function that collates by padding with `pad_id`; without `places`, positions are left
+    to the model."""
 
     def collate(corpus: data.Corpus, rows: np.ndarray) -> Batch:
-        return padded(corpus, rows, pad_id)
+        made = padded(corpus, rows, pad_id)
+        return made if places else replace(made, positions=None)
 
     return collate
 

@@ -133,6 +133,7 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
     from itune import (
         adapters,
+        batches,
         doctor,
         finishing,
         jobs,
@@ -164,7 +165,10 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)
     kernel = model.config._attn_implementation
+    objective = objectives.of(encoder, settings)
     padding = objectives.collate(encoder, model, settings)
+    if adapters.prepends(model) and padding is None:
+        padding = batches.padder(tokenizer.pad_token_id, places=False)
     path = probing.choose(
         model,
         int(corpus.lengths.max()),
@@ -182,7 +186,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         corpus,
         world=accelerator.num_processes,
         padded=path.padded,
-        changing=padding is not None and any(corpus.plain),
+        changing=objective is not None and any(corpus.plain),
     )
     job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
     if accelerator.is_main_process:

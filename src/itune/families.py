@@ -203,3 +203,52 @@ ENCODERS: dict[str, type[encoding.Encoder]] = {
     SEQ2SEQ: Pairs,
     MASKED: Cloze,
 }
+
+
+# --- of which family a model is -----------------------------------------------------------------
+
+
+def chosen(wanted: str | None, config: Any) -> str:
+    """The family that is wanted, if transformers has a model of it, or the config's own."""
+    if wanted is None:
+        return family(config)
+    if config.model_type not in _tables()[wanted]:
+        raise errors.ModelError(
+            f"model.family: {wanted}, but transformers has no {wanted} model of type "
+            f"{config.model_type!r}. Leave it out."
+        )
+    return wanted
+
+
+def family(config: Any) -> str:
+    """causal, seq2seq or masked, by transformers' own tables of what a config's model may be."""
+    kind, named, tables = config.model_type, set(config.architectures or ()), _tables()
+    able = [name for name, table in tables.items() if kind in table]
+    if not getattr(config, "is_encoder_decoder", False):
+        able = [name for name in able if name != SEQ2SEQ]
+    if CAUSAL in able and getattr(config, "is_decoder", False):
+        return CAUSAL
+    # A type may be several: what its checkpoint was decides, then the order above.
+    was = [name for name in able if named & set(_listed(tables[name][kind]))]
+    if able:
+        return (was or able)[0]
+    raise errors.ModelError(
+        f"model type {kind!r}: neither a causal, a seq2seq nor a masked language "
+        "model. Set model.family if it is one all the same."
+    )
+
+
+def _tables() -> dict[str, Any]:
+    """For each family which class transformers has for a type of model."""
+    import transformers
+
+    known = transformers.models.auto.modeling_auto
+    return {
+        SEQ2SEQ: known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        MASKED: known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        CAUSAL: known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from itune import batches, data, encoding, families, formats
+from itune import adapters, batches, data, encoding, families, formats, losses
 
 BATCH_TOKENS = 16384  # chosen: keeps the cache of a batch small beside a small model's weights
 BATCH_LOGITS = 1 << 27  # chosen: 512 MB of float32
@@ -110,7 +110,7 @@ def chances(
     lengths = [len(tokens.ids) for tokens in encoder.conversations(prompts, prompt=True)]
     order = sorted(range(len(prompts)), key=lambda i: (-lengths[i], i))
     ways = {families.SEQ2SEQ: _written, families.MASKED: _filled}
-    way = ways.get(encoder.family)
+    way = ways.get(encoder.family) or (_adapted if adapters.prepends(model) else None)
     why: str | None = None if way is None else ""
     while order:
         # A first guess at what fits, mended below by the choices' real lengths.
@@ -206,13 +206,26 @@ def _written(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> F
     return [list(row) for row in zip(*found, strict=True)]
 
 
+def _adapted(model: Any, pairs: Sequence[_Pair], _encoder: Any = None) -> Found:
+    """Each choice with its whole prompt, where an adapter sets tokens of its own before it."""
+    found: Found = []
+    for each in pairs:
+        rows = data.from_tokens([_whole(each.prompt, answer) for answer in each.answers])
+        batch = batches.padded(rows, np.arange(len(rows)), 0).to(model.device)
+        nats: list[torch.Tensor] = []
+        losses.summed(model, replace(batch, positions=None), head=losses.FULL, each=nats)
+        sizes = [len(answer) for answer in each.answers]
+        found.append([-part.double().cpu().numpy() for part in torch.cat(nats).split(sizes)])
+    return found
+
+
+def _whole(prompt: list[int], answer: list[int]) -> encoding.Tokens:
+    return encoding.Tokens([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
+
+
 def _apart(model: Any, pairs: Sequence[_Pair], _encoder: Any = None) -> Found:
     """Each choice computed with its whole prompt."""
-    rows = [
-        encoding.Tokens([*each.prompt, *answer], [False] * len(each.prompt) + [True] * len(answer))
-        for each in pairs
-        for answer in each.answers
-    ]
+    rows = [_whole(each.prompt, answer) for each in pairs for answer in each.answers]
     out: dict[int, np.ndarray] = {}
     corpus = data.from_tokens(rows)
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].ids), i))

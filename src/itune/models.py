@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import data, encoding, errors, families, recipes
+from itune import adapters, data, encoding, errors, families, recipes
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 
@@ -78,7 +78,7 @@ def size(wanted: recipes.Model) -> int:
 def outline(wanted: recipes.Model) -> Any:
     """The model that a recipe names, without any weight: all that can be asked but numbers."""
     config = config_of(wanted)
-    auto = getattr(transformers, CLASSES[_chosen(wanted, config)])
+    auto = getattr(transformers, CLASSES[families.chosen(wanted.family, config)])
     with torch.device("meta"):
         return from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
 
@@ -103,19 +103,7 @@ def config_of(wanted: recipes.Model) -> Any:
 
 def family_of(wanted: recipes.Model) -> str:
     """The family of the model that a recipe names. Raises ModelError."""
-    return _chosen(wanted, config_of(wanted))
-
-
-def _chosen(wanted: recipes.Model, config: Any) -> str:
-    """The family that is wanted, if transformers has a model of it, or the config's own."""
-    if wanted.family is None:
-        return family(config)
-    if config.model_type not in _tables()[wanted.family]:
-        raise errors.ModelError(
-            f"model.family: {wanted.family}, but transformers has no {wanted.family} model of type "
-            f"{config.model_type!r}. Leave it out."
-        )
-    return wanted.family
+    return families.chosen(wanted.family, config_of(wanted))
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -222,38 +210,6 @@ def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CA
 # --- models -------------------------------------------------------------------------------
 
 
-def family(config: Any) -> str:
-    """causal, seq2seq or masked, by transformers' own tables of what a config's model may be."""
-    kind, named, tables = config.model_type, set(config.architectures or ()), _tables()
-    able = [name for name, table in tables.items() if kind in table]
-    if not getattr(config, "is_encoder_decoder", False):
-        able = [name for name in able if name != families.SEQ2SEQ]
-    if families.CAUSAL in able and getattr(config, "is_decoder", False):
-        return families.CAUSAL
-    # A type may be several: what its checkpoint was decides, then the order above.
-    was = [name for name in able if named & set(_listed(tables[name][kind]))]
-    if able:
-        return (was or able)[0]
-    raise errors.ModelError(
-        f"model type {kind!r}: neither a causal, a seq2seq nor a masked language "
-        "model. Set model.family if it is one all the same."
-    )
-
-
-def _tables() -> dict[str, Any]:
-    """For each family which class transformers has for a type of model."""
-    known = transformers.models.auto.modeling_auto
-    return {
-        families.SEQ2SEQ: known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        families.MASKED: known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        families.CAUSAL: known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    }
-
-
-def _listed(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
 def load(
     wanted: recipes.Model,
     place: Placement,
@@ -286,7 +242,7 @@ def load(
         name,
         lambda: transformers.AutoConfig.from_pretrained(location, revision=wanted.revision),
     )
-    kind = _chosen(wanted, config)
+    kind = families.chosen(wanted.family, config)
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
     if wanted.attn_implementation:
         options["attn_implementation"] = wanted.attn_implementation
@@ -323,10 +279,7 @@ def use_liger(model: Any, place: Placement) -> None:
 
 
 def _merged_base(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
-    loaded = adapted(name, location, wanted, place)
-    if not hasattr(loaded.base_model, "merge_and_unload"):
-        return loaded
-    return loaded.merge_and_unload().to(place.device)
+    return adapters.merged_or_not(lambda: adapted(name, location, wanted, place)).to(place.device)
 
 
 def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
@@ -359,7 +312,7 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
         raise ValueError("no from_scratch")
     config = _blank_config(scratch, _ids(scratch, loaded))
     try:
-        kind = _chosen(wanted, config)
+        kind = families.chosen(wanted.family, config)
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:

@@ -1,0 +1,241 @@
+"""PEFT's methods on every family: trained, saved, read back, merged; frozen weights untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentences, tiny_model, tiny_tokenizer
+
+from itune import (
+    adapters,
+    batches,
+    data,
+    errors,
+    families,
+    formats,
+    likelihoods,
+    losses,
+    models,
+    objectives,
+    probing,
+    recipes,
+)
+
+FAMILIES = ("causal", "seq2seq", "masked")
+# What a method needs to be told at this size; the rest have defaults of their own.
+FIELDS: dict[str, dict[str, Any]] = {
+    "adaption_prompt": {"adapter_len": 4, "adapter_layers": 1},
+    "boft": {"boft_block_size": 4},
+    "c3a": {"block_size": 8},
+    "cartridge": {"num_virtual_tokens": 4},
+    "cpt": {"cpt_token_ids": [5, 6], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]},
+    "fourierft": {"n_frequency": 8},
+    "ln_tuning": {"target_modules": "(.*LayerNorm|.*layernorm|.*layer_norm)"},
+    "lora": {"target_modules": "all-linear"},
+    "oft": {"oft_block_size": 8},
+    "p_tuning": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "prefix_tuning": {"num_virtual_tokens": 4},
+    "prompt_tuning": {"num_virtual_tokens": 4},
+    "randlora": {"r": 4},
+    "road": {"group_size": 8},
+    "shira": {"r": 2},
+    "trainable_tokens": {"token_indices": [5, 6]},
+    "vblora": {"vector_length": 16, "num_vectors": 16, "topk": 2},
+    "vera": {"r": 8},
+    "waveft": {"n_frequency": 64},
+}
+# What peft has for some architectures alone; it says so itself.
+NOT_FOR = {
+    ("seq2seq", "adaption_prompt"),
+    ("masked", "adaption_prompt"),
+    ("seq2seq", "cpt"),
+    ("masked", "cpt"),
+    ("seq2seq", "shadow"),
+    ("masked", "shadow"),
+}
+# beft is a bias, and folds into a layer that has one.
+UNMERGED = {("causal", "beft"), ("seq2seq", "beft"), ("causal", "shadow")} | {
+    (family, "lily") for family in FAMILIES
+}
+
+
+def kinds() -> list[str]:
+    names = [str(getattr(k, "value", k)).lower() for k in adapters._kinds()]
+    return sorted(set(names) - {name.lower() for name in adapters.REFUSED})
+
+
+def digest(named: Any) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
+        for name, p in named
+        if not p.requires_grad
+    }
+
+
+def rows_for(family: str) -> tuple[Any, data.Corpus]:
+    choices = ["sad", "very glad"]
+    tokenizer = models.with_template(tiny_tokenizer(), family)
+    encoder = families.encoder(family, tokenizer).answering(choices)
+    rows = [
+        [formats.Message("user", text), formats.Message("assistant", choices[k % 2])]
+        for k, text in enumerate(sentences(8))
+    ]
+    return encoder, data.from_tokens(encoder.conversations(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_method_on_every_family(family: str, kind: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_model(family).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    named = recipes.Model(name=str(base))
+    place = models.placement(named)
+    encoder, corpus = rows_for(family)
+    asked = {"peft_type": kind, **FIELDS.get(kind, {})}
+
+    def attached() -> Any:
+        model = models.load(named, place)
+        return adapters.attach(model, asked, base=str(base), seed=1, family=family)
+
+    if (family, kind) in NOT_FOR:
+        with pytest.raises(errors.RecipeError, match="adapter: "):
+            attached()
+        return
+    model = attached()
+    frozen = digest(model.named_parameters())
+    padding = objectives.collate(encoder, model, recipes.Training())
+    if padding is None and adapters.prepends(model):
+        padding = batches.padder(2, places=False)
+    path = probing.choose(model, 64, padding=padding)
+    batch = path.collate(2)(corpus, np.arange(8))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    before = [p.detach().clone() for p in trained]
+    model.train()
+    for _ in range(3):
+        loss = losses.summed(model, batch, head=path.head) / int(corpus.targets.sum())
+        assert torch.isfinite(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert digest(model.named_parameters()) == frozen
+    saved_and_merged(
+        model.eval(), path, batch, tmp_path / "adapter", unmerged=(family, kind) in UNMERGED
+    )
+
+
+@torch.no_grad()
+def saved_and_merged(
+    model: Any, path: probing.Path, batch: batches.Batch, folder: Path, *, unmerged: bool
+) -> None:
+    model.save_pretrained(folder)
+    named = recipes.Model(name=str(folder))
+    place = models.placement(named)
+    again = models.adapted(str(folder), str(folder), named, place).eval()
+    again.set_attn_implementation(model.config._attn_implementation)
+    wanted = model(**batch.inputs()).logits
+    assert float((again(**batch.inputs()).logits - wanted).abs().max()) == 0.0
+    whole = models.load(named, place).eval()  # folded in where that can be
+    whole.set_attn_implementation(model.config._attn_implementation)
+    found = whole(**batch.inputs()).logits
+    # float32 on another path: a random basis of many parts (randlora) adds up the most.
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max()) + 1e-5
+    if unmerged:
+        with pytest.raises(errors.RecipeError, match="cannot be folded"):
+            adapters.merged(again)
+    elif not adapters.prepends(model) and hasattr(model, "merge_and_unload"):
+        assert not hasattr(whole, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"peft_type": "xlora"}, "Use lora"),
+        ({"peft_type": "adalora"}, "Use lora"),
+        ({"peft_type": "poly"}, "Use lora"),
+        ({"peft_type": "multitask_prompt_tuning"}, "Use prompt_tuning"),
+        ({"peft_type": "lora", "init_lora_weights": "eva"}, "set it to pissa"),
+        ({"peft_type": "lora", "init_lora_weights": "loftq"}, "set it to pissa"),
+    ],
+)
+def test_what_is_known_not_to_work_is_refused(fields: dict[str, Any], said: str) -> None:
+    if fields.get("init_lora_weights") == "loftq" and torch.cuda.is_available():
+        adapters.config(fields)
+        return
+    with pytest.raises(errors.RecipeError, match=said):
+        adapters.config(fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_virtual_tokens_shift_no_target(family: str) -> None:
+    """The loss under prompt tuning is that of peft's own model at the right places."""
+    encoder, corpus = rows_for(family)
+    fields = {"peft_type": "prompt_tuning", "num_virtual_tokens": 4}
+    model = adapters.attach(tiny_model(family), fields, base="x", seed=1, family=family).eval()
+    collate = objectives.collate(encoder, model, recipes.Training())
+    batch = (collate or batches.padder(2, places=False))(corpus, np.arange(3))
+    logits = model(**batch.inputs()).logits[:, -batch.targets.shape[1] :]
+    wanted = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"
+    )
+    for head in (losses.TARGETS, losses.FULL):
+        found = losses.summed(model, batch, head=head)
+        assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    # Choices are told apart by the same numbers.
+    prompts = [[formats.Message("user", text)] for text in sentences(3)]
+    chances = likelihoods.chances(model, encoder, prompts, ["sad", "very glad"])
+    mine = sum(chances.nats[k, k % 2] for k in range(3))
+    assert -mine == pytest.approx(float(wanted.detach()), rel=1e-5)
+
+
+TASK = """
+task: classification
+choices: [sad, very glad]
+prompts: ["{{ text }} How is it?"]
+response: "{{ choices[label] }}"
+metrics: [accuracy]
+"""
+
+
+@pytest.mark.parametrize(
+    "family", ["causal", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_soft_prompts_go_through_the_commands(
+    family: str, tmp_path: Path, cli: Any, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue({"causal": "tiny_model_dir"}.get(family, f"tiny_{family}_dir"))
+    rows = [{"text": text, "label": int("likes" in text)} for text in sentences(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("ask.yaml").write_text(TASK)
+    source = {"path": "rows.jsonl", "template": "./ask.yaml"}
+    recipe = {
+        "model": {"name": str(model)},
+        "adapter": {"peft_type": "prompt_tuning", "num_virtual_tokens": 4},
+        "data": {"train": source, "eval": {**source, "limit": 4}, "allow_overlap": True},
+        "training": {"max_steps": 3, "tokens_per_step": 400, "max_length": 100},
+        "generation": {"max_new_tokens": 3},
+        "evaluation": {"against": "base"},
+    }
+    Path("tune.yaml").write_text(json.dumps(recipe))
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/soft", "-s", "output.merge=true")
+    assert ended.code == 2
+    assert "output.merge" in ended.err
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/soft", "--fresh")
+    assert ended.code == 0, ended.err
+    scores = cli("eval", "--run", "runs/soft", "--json")
+    assert scores.code == 0, scores.err
+    assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 4
+    asked = cli("generate", "--run", "runs/soft", "the cat", "--json")
+    assert asked.code == (2 if family == "masked" else 0), asked.err

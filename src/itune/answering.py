@@ -276,6 +276,11 @@ class Answerer:
             corpus = data.corpus([limited], self.encoder, training)
             objective = objectives.of(self.encoder, training)
             corpus = objectives.counted(corpus, objective, self.encoder.room)
+            if objective is not None:
+                self.say(
+                    f"{limited.path}: a pseudo-perplexity, of the {training.mlm_probability:.0%} of "
+                    "its tokens that are hidden; not to be held beside a decoder's"
+                )
             collate = objectives.collate(self.encoder, self.model, training)
             collate = collate or batches.padder(self.encoder.eos_id)
             sums = np.zeros((len(corpus), 2))

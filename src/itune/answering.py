@@ -278,8 +278,8 @@ class Answerer:
             corpus = objectives.counted(corpus, objective, self.encoder.room)
             if objective is not None:
                 self.say(
-                    f"{limited.path}: a pseudo-perplexity, of the {training.mlm_probability:.0%} of "
-                    "its tokens that are hidden; not to be held beside a decoder's"
+                    f"{limited.path}: a pseudo-perplexity, of the {training.mlm_probability:.0%} "
+                    "of its tokens that are hidden; not to be held beside a decoder's"
                 )
             collate = objectives.collate(self.encoder, self.model, training)
             collate = collate or batches.padder(self.encoder.eos_id)

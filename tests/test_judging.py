@@ -411,7 +411,7 @@ def test_shots_have_answers_of_their_own(folder: Path, cli: Cli, asked: list[str
     result(cli(*run, "--json"))
     found = result(cli(*run, "--shots", "2", "--limit", "3", "--json"))
     assert found["tasks"]["place"]["rows"] == 3
-    lines = list(read(folder / "runs/lora/evals/first-3-shots-2/predictions.jsonl"))
+    lines = list(read(folder / "runs/lora/evals/limit-3-shots-2/predictions.jsonl"))
     assert len(lines) == 3
     assert all(line["prompt"].count("Where?") == 3 for line in lines)
     assert asked.count("generate") == 5 + 3

@@ -102,6 +102,18 @@ def test_each_kind_of_file_gives_the_same_rows(kind: str) -> None:
     assert rows_of(path, split="test[2:4]", limit=1) == ROWS[2:3]
 
 
+def test_a_limit_takes_rows_from_all_over_a_sorted_file(encoder: encoding.Encoder) -> None:
+    path = written("sorted.jsonl")
+    rows = sources_.read(source(path, limit=3))
+    assert [row["prompt"] for row in rows.data] == ["say 0", "say 2", "say 4"]
+    assert [rows.place(index) for index in range(3)] == [f"{path}:{n}" for n in (1, 3, 5)]
+    assert rows_of(path, limit=3, streaming=True) == ROWS[:3], "a stream has no middle"
+    (task,) = data.tasks([source(path, limit=3)], encoder, max_prompt=64)
+    assert [case.row for case in task.cases] == [0, 2, 4]
+    corpus = data.corpus([source(path, limit=3)], encoder, training())
+    assert [corpus.number(index) for index in range(len(corpus))] == [0, 2, 4]
+
+
 def test_text_is_rows_by_line_paragraph_or_document() -> None:
     Path("a.txt").write_text("one\ntwo\n\nthree\n", encoding="utf-8")
     assert [row["text"] for row in rows_of("a.txt")] == ["one", "two", "", "three"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, predictions, recipes, scoring, signals
+from itune import errors, predictions, recipes, scoring, signals, sources
 
 if TYPE_CHECKING:
     from itune import data
@@ -39,9 +39,9 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """`all`, or what is not asked as usual: `first-20-shots-3`."""
+        """`all`, or what is not asked as usual: `limit-20-shots-3`."""
         parts = [
-            "" if self.limit is None else f"first-{self.limit}",
+            "" if self.limit is None else f"limit-{self.limit}",
             f"shots-{self.shots}" if self.shots else "",
             "" if self.wordings is None else f"wordings-{self.wordings}",
             "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
@@ -267,8 +267,7 @@ class Answerer:
         for source in self.recipe.data.eval:
             if not data.is_text(source):
                 continue
-            limited = source.model_copy(update={"limit": self.asked.limit or source.limit})
-            corpus = data.corpus([limited], self.encoder, self.recipe.training)
+            corpus = data.corpus([self._limited(source)], self.encoder, self.recipe.training)
             sums = np.zeros((len(corpus), 2))
             for index in range(len(corpus)):
                 batch = batches.padded(corpus, np.array([index]), self.encoder.eos_id)
@@ -277,6 +276,14 @@ class Answerer:
                 sums[index] = float(loss), corpus.targets[index]
             out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
         return out
+
+    def _limited(self, source: recipes.Source) -> recipes.Source:
+        return source.model_copy(update={"limit": self.asked.limit or source.limit})
+
+    def numbers(self, source: recipes.Source) -> set[int]:
+        """The numbers, from 0, of the rows of a source of plain text that are measured."""
+        rows = sources.read(self._limited(source))
+        return {rows.number(index) for index in range(len(rows.data))}
 
 
 def free() -> None:

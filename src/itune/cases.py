@@ -132,5 +132,5 @@ def _cases(
                     "generation.max_new_tokens, or take the row out."
                 )
             (messages, ids), truncated = shorter, truncated + 1
-        cases.append(Case(index, wording, messages, tuple(ids), example.references))
+        cases.append(Case(rows.number(index), wording, messages, tuple(ids), example.references))
     return cases, truncated

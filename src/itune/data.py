@@ -91,7 +91,8 @@ class Corpus:
     ids int32 [tokens]; supervised bool [tokens]; starts int64 [examples + 1]; and per example
     its source, its row in it, its wording and whether it was cut (int32 [examples] each). What
     has one value a token is mapped from files and never read as a whole: take `example(i)`.
-    `learnt` holds the targets an example where they are known.
+    `learnt` holds the targets an example where they are known, `taken` for each source what
+    `sources.Rows.taken` is.
     """
 
     ids: Any
@@ -108,9 +109,15 @@ class Corpus:
     top: int | None = None
     reports: tuple[Report, ...] = ()
     duplicated: int = 0
+    taken: tuple[np.ndarray | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def number(self, index: int) -> int:
+        """The number, from 0, that an example's row has in the whole of its source."""
+        taken, row = self.taken[int(self.source[index])], int(self.row[index])
+        return row if taken is None else int(taken[row])
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One example's ids, int32, and for each whether it is learnt, bool; views, not copies."""
@@ -261,6 +268,7 @@ def corpus(
         top=max(part.known["highest"] for part in parts),
         reports=tuple(_report(part) for part in parts),
         duplicated=_repeats(keys) - sum(max(0, part.known["empty"] - 1) for part in parts),
+        taken=tuple(part.rows.taken for part in parts),
     )
 
 

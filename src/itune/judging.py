@@ -112,7 +112,7 @@ def of_model(
             name, path, sums, rival, results.Way((), recipe.evaluation)
         )
     found = None if run is None else contamination.of_scoring(recipe, run, say)
-    _name_contamination(tasks, recipe, found, asked.limit)
+    _name_contamination(tasks, recipe, found, ours)
     rate = round(ours.tokens / ours.seconds, 1) if ours.tokens else None
     result = _result(run, started, rate, tasks)
     if folder is not None:
@@ -134,14 +134,16 @@ def _name_contamination(
     tasks: Mapping[str, dict[str, Any]],
     recipe: recipes.Recipe,
     found: contamination.Found | None,
-    limit: int | None,
+    ours: Answerer,
 ) -> None:
     """Put beside each score how many of its rows are in the training data; None = not known."""
+    asked = {task.name: {case.row for case in task.cases} for task in ours.tasks}
     left = list(enumerate(recipe.data.eval))
-    for task in tasks.values():
+    for name, task in tasks.items():
         place = next(each for each in left if each[1].path == task["data"])
         left.remove(place)
-        task["contamination"] = None if found is None else found.counts(place[0], limit)
+        among = asked.get(name) or ours.numbers(place[1])
+        task["contamination"] = None if found is None else found.counts(place[0], among)
 
 
 def _answered(

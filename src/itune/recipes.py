@@ -117,7 +117,7 @@ class Source(Record):
     weight: Annotated[Number, Field(gt=0)] = 1.0
     """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
-    """Take the first rows only, this many."""
+    """Take this many rows only, spread evenly over the source; of a stream the first."""
     rename: dict[str, Text] = Field(default_factory=dict)
     """New names for columns, `old: new`, before the template sees them."""
     field: Text | None = None

@@ -47,6 +47,7 @@ ORDER = (
     "attention",
     "quantization",
     "probing",
+    "weights",
     "models",
     "adapters",
     "checkpoints",

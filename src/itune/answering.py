@@ -308,7 +308,10 @@ def _config(named: recipes.Model) -> Any:
         base = str(adapter["base_model_name_or_path"])
         return _config(recipes.Model(name=base, revision=adapter.get("revision")))
     return models.from_library(
-        name, lambda: transformers.AutoConfig.from_pretrained(location, revision=named.revision)
+        name,
+        lambda: transformers.AutoConfig.from_pretrained(
+            location, revision=named.revision, trust_remote_code=False
+        ),
     )
 
 

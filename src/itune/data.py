@@ -304,8 +304,16 @@ def _report(part: preparing.Part) -> Report:
             guarded=known["guarded"],
         ),
         rows=cache.fingerprint(part.rows.identity)[:32],
-        notes=part.rows.notes,
+        notes=(*part.rows.notes, *_turned(known)),
     )
+
+
+def _turned(known: dict[str, Any]) -> Iterator[str]:
+    if known["turned"]:
+        yield (
+            f"{known['turned_at']} shows text in another order than the model reads it; "
+            f"{known['turned']:,} such row{'s' * (known['turned'] > 1)}. Look at what it hides."
+        )
 
 
 def _refuse_loss(

@@ -132,6 +132,12 @@ def tell(message: str) -> None:
     sys.stderr.write(message if is_main() else f"process {os.environ['RANK']}: {message}")
 
 
+def warn(message: str) -> None:
+    """Tell the user of something that is no error, whatever else is shown."""
+    if is_main():
+        sys.stderr.write(f"warning: {errors.inert(message)}\n")
+
+
 def end_with_launcher() -> None:
     """Have this process ended by the system when the process that started it is gone (Linux)."""
     if os.environ.get(SUPERVISED) and "LOCAL_RANK" in os.environ and sys.platform == "linux":

@@ -5,6 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import data, errors, recipes
+from itune import data, errors, recipes, weights
 from itune import quantization as few_bits
 
 CLASSES = {
@@ -24,6 +25,8 @@ CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked": "AutoModelForMaskedLM",
 }
+# Nothing pickled; no code of a model's own, and no question about it.
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SMALL_MODEL = (
@@ -84,7 +87,9 @@ def size(wanted: recipes.Model) -> int:
         base = (adapter_of(location) or {}).get("base_model_name_or_path", location)
         config = from_library(
             name,
-            lambda: transformers.AutoConfig.from_pretrained(base, revision=wanted.revision),
+            lambda: transformers.AutoConfig.from_pretrained(
+                base, revision=wanted.revision, trust_remote_code=False
+            ),
         )
     kind = wanted.family or family(config)
     _only_causal(kind, wanted.name or "model.from_scratch")
@@ -130,6 +135,7 @@ def resolve(name: str) -> str:
             raise errors.ModelError(
                 f"{name}: this run has no model yet, it is not finished. Run it again to finish it."
             )
+        weights.check(str(path / "model"))
         return str(path / "model")
     if path.is_dir():
         if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
@@ -137,6 +143,7 @@ def resolve(name: str) -> str:
                 f"{name}: a folder without config.json or adapter_config.json, so no model. "
                 "Name the folder that holds the model's files."
             )
+        weights.check(str(path))
         return str(path)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
@@ -151,7 +158,12 @@ def from_library(name: str, call: Any) -> Any:
     """`call()`, with what the library raises for a missing or broken model put in our words."""
     try:
         return call()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # tokenizers raises Exception itself, peft and torch RuntimeErrors for other shapes.
+        if not isinstance(error, OSError | ValueError | ImportError | RuntimeError | KeyError) and (
+            type(error) is not Exception
+        ):
+            raise
         text = " ".join(str(error).split())
         if "offline" in text.lower() or "connect" in text.lower():
             raise errors.EnvironmentRefusal(
@@ -178,7 +190,10 @@ def tokenizer(name: str, *, revision: str | None = None) -> Any:
     alone = (Path(name) / "tokenizer.json").is_file()
     location = name if alone else resolve(name)
     loaded = from_library(
-        name, lambda: transformers.AutoTokenizer.from_pretrained(location, revision=revision)
+        name,
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            location, revision=revision, trust_remote_code=False
+        ),
     )
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise errors.ModelError(
@@ -287,7 +302,9 @@ def load(
         return _merged_base(name, location, place)
     config = from_library(
         name,
-        lambda: transformers.AutoConfig.from_pretrained(location, revision=wanted.revision),
+        lambda: transformers.AutoConfig.from_pretrained(
+            location, revision=wanted.revision, trust_remote_code=False
+        ),
     )
     kind = wanted.family or family(config)
     _only_causal(kind, name)
@@ -299,7 +316,10 @@ def load(
         options["device_map"] = {"": place.device}
     auto = getattr(transformers, CLASSES[kind])
     model = from_library(
-        name, lambda: auto.from_pretrained(location, use_safetensors=True, **options)
+        name,
+        lambda: weights.loaded(
+            name, functools.partial(auto.from_pretrained, location, **SAFE, **options)
+        ),
     )
     if quantization is None:
         return model.to(place.device)
@@ -329,9 +349,11 @@ def use_liger(model: Any, place: Placement) -> None:
 def _merged_base(name: str, location: str, place: Placement) -> Any:
     import peft
 
+    base = str((adapter_of(location) or {}).get("base_model_name_or_path") or name)
+    weights.check(base)
     loaded = from_library(
         name,
-        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(location, dtype=place.dtype),
+        lambda: peft.AutoPeftModelForCausalLM.from_pretrained(location, dtype=place.dtype, **SAFE),
     )
     return loaded.merge_and_unload().to(place.device)
 

@@ -205,6 +205,7 @@ class Job:
                 continue
             text = cases.placed(self.rows, self.reading, index, row, 0).text or ""
             out.row(text)
+            self._note(out, index, text)
             (whole,) = self.encoder.documents([text])
             for first in range(0, len(whole.ids), longest):
                 part = whole.ids[first : first + longest]
@@ -229,7 +230,9 @@ class Job:
         """One row in each of its wordings, cut where it is too long, left out where it must be."""
         limit, kept, too_long = self.training.max_length, False, False
         first = wordings[0][0][3]
-        out.row("\x00".join(f"{m.role}\x00{m.content}" for m in first.messages))
+        text = "\x00".join(f"{m.role}\x00{m.content}" for m in first.messages)
+        out.row(text)
+        self._note(out, wordings[0][0][0], text)
         for (index, row, wording, example), tokens in wordings:
             out.full.append(len(tokens.ids))
             fitted: encoding.Tokens | None = tokens
@@ -243,6 +246,12 @@ class Job:
                 kept = True
         out.tally.kept += kept
         out.tally.too_long += too_long and not kept
+
+    def _note(self, out: _Out, index: int, text: str) -> None:
+        """Count a row whose text shows in another order than the model reads it."""
+        if sign := cases.turned(text):
+            out.tally.turned += 1
+            out.tally.turned_at = out.tally.turned_at or f"{self.rows.place(index)}: {sign}"
 
     def _encoded(self, jobs: list[Any], train_on: str) -> list[encoding.Tokens]:
         try:
@@ -273,6 +282,8 @@ class _Tally:
     empty: int = 0
     highest: int = 0
     guarded: int = 0
+    turned: int = 0
+    turned_at: str = ""
 
 
 class _Out:

@@ -231,6 +231,12 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         options["sep"] = found
         notes = (*notes, f"{source.path}: its columns are separated by {found!r}")
     rows = _built(source, builder, split, {**where, **options})
+    for path, name, digest in zip(paths, names, content, strict=False):
+        if cache.digest(path) != digest:
+            raise errors.DataError(
+                f"{name}: changed while it was read (sha256 {digest[:12]} before, "
+                f"{cache.digest(path)[:12]} now). Let whoever writes it finish, then run again."
+            )
     plain = suffix == ".jsonl" and not notes and "[" not in split
     return Rows(
         source,
@@ -250,6 +256,10 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
             "kind with a pattern such as *.jsonl, or make two sources."
         )
     (suffix,) = kinds
+    if files.is_tar(names[0]):
+        raise errors.DataError(
+            f"{names[0]}: a tar archive, which is not read. Unpack it and name the folder."
+        )
     if suffix not in files.BUILDERS:
         raise errors.DataError(
             f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"

@@ -137,7 +137,7 @@ def test_other_weights_or_another_prompt_ask_anew(folder: Path, cli: Cli, asked:
     result(cli(*run, "--json"))
     asked.clear()
     rows = list(read(folder / "places.jsonl"))
-    rows[2]["text"] = "Eve is in the cellar."
+    rows[len(rows) * 2 // 5]["text"] = "Eve is in the cellar."  # the third of five taken
     write(folder / "places.jsonl", rows)
     result(cli(*run, "--json"))
     assert asked == ["load", "generate"], "one row alone was asked otherwise"
@@ -300,7 +300,7 @@ def test_a_file_that_was_asked_something_else_is_refused(folder: Path, cli: Cli)
     write(folder / "other.jsonl", lines)
     refused = cli(*run, "--against", "other.jsonl")
     assert refused.code == 2
-    assert "row 1 in wording 0 was asked otherwise" in refused.err
+    assert f"row {lines[1]['row']} in wording 0 was asked otherwise" in refused.err
     assert "Say it in French" in refused.err
 
 

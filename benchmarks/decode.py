@@ -112,7 +112,7 @@ def by_sorted(model: Any, prompts: Answers, wanted: Any) -> Answers:
 
 def by_continuous(model: Any, prompts: Answers, wanted: Any) -> Answers:
     bounded = transformers.ContinuousBatchingConfig(
-        num_blocks=stepping.BATCH_TOKENS // 256,
+        num_blocks=32768 // 256,
         block_size=256,
         max_batch_tokens=stepping.BATCH_ROWS * 8,
     )

@@ -19,6 +19,7 @@ from itune import adapters, encoding, errors, picking, slots, stepping
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 MAX_NEW_TOKENS = 128
+BATCH_TOKENS = 16384  # chosen: of the library's loop, which sets all of them aside at once
 
 Done = Callable[[int, "Completion"], None]
 Say = Callable[[str], None]
@@ -187,7 +188,7 @@ class _Job:
         alone = self.fields["do_sample"] or self.wanted.prompt_lookup_num_tokens
         while order:
             width = lengths[order[0]] + self.wanted.max_new_tokens
-            size = max(1, min(stepping.BATCH_ROWS, stepping.BATCH_TOKENS // width))
+            size = max(1, min(stepping.BATCH_ROWS, BATCH_TOKENS // width))
             size = 1 if alone else size
             yield order[:size]
             order = order[size:]

@@ -216,7 +216,17 @@ def refused(model: Any) -> str:
     chosen = config._attn_implementation
     if chosen not in MASKED:
         return f"its attention is computed by {chosen}"
-    return "" if hasattr(config, "num_hidden_layers") else "its config names no layers"
+    known = hasattr(config, "num_hidden_layers") and hasattr(config, "num_attention_heads")
+    return "" if known else "its config names no layers"
+
+
+def bytes_per_token(model: Any) -> int:
+    """What the keys and values of a token take in all layers: by the model's config."""
+    config = model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * heads * size * model.dtype.itemsize)
 
 
 # How far log-likelihoods may be apart from those without a cache: rounding alone.

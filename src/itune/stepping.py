@@ -15,8 +15,10 @@ import torch
 
 from itune import picking, slots
 
-BATCH_TOKENS = 16384  # chosen: keeps the cache of a batch small beside a small model's weights
 BATCH_ROWS = 64
+# chosen: the cache may take so much, and on a GPU this share of what is free.
+CACHE_BYTES = 1 << 30
+CACHE_SHARE = 0.4
 # chosen: room for so many tokens of an answer is taken at first, and more when one gets there.
 AHEAD = 64
 # chosen: waiting rows are read when so large a share of the slots is free; one by one, reading
@@ -56,6 +58,14 @@ def shared(prompts: Sequence[Sequence[int]]) -> int:
     return next((k for k in range(most) if low[k] != high[k]), most)
 
 
+def room(model: Any) -> int:
+    """How many tokens the cache may hold at once, over all rows."""
+    limit = CACHE_BYTES
+    if model.device.type == "cuda":
+        limit = int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE)
+    return max(1, limit // slots.bytes_per_token(model))
+
+
 class Stepper:
     """Answers rows by a model. `told(place, token)` hears of each token, `ended(place, ids,
     stopped)` of each answer, its stop token among the ids where it `stopped`."""
@@ -68,6 +78,7 @@ class Stepper:
         self.waiting: deque[Row] = deque()
         self.slots = slots.Slots.of(model, 0, 0)
         self.n_rows = self.columns = self.prefix = 0
+        self.tokens = room(model)
 
     def run(self, rows: Sequence[Row], prefix: Sequence[int]) -> None:
         """Answer rows, begun in their order; all prompts begin with `prefix`."""
@@ -94,7 +105,7 @@ class Stepper:
         known = (*self.active, *self.waiting)
         ahead = min(AHEAD, max((row.most - row.new for row in known), default=0))
         columns = longest + max(1, ahead)
-        return min(BATCH_ROWS, len(known), max(1, BATCH_TOKENS // columns)), columns
+        return min(BATCH_ROWS, len(known), max(1, self.tokens // columns)), columns
 
     def _resize(self, longest: int) -> None:
         """Take room for rows of so many tokens; those that find none go back to wait."""

@@ -94,7 +94,7 @@ def test_greedy_answers_are_those_of_generate_one_at_a_time(
     model, asked, wanted = made(kind), prompts(), settings(encoder)
     said: list[str] = []
     expected = alone(model, asked, wanted)
-    assert len({len(each) for each in expected}) > 2, "answers end at different places"
+    assert len({len(each) for each in expected}) > 1, "answers end at different places"
     together = decoding.generate(model, encoder, asked, wanted, say=said.append)
     assert [each.ids for each in together] == expected
     # Few slots, and so little room that rows under way have to wait and are read again.

@@ -289,7 +289,7 @@ class Answerer:
 
 
 def _key(case: data.Case) -> int:
-    """The same for a row and its wording wherever it is asked: its random numbers follow from it."""
+    """The same for a row and its wording wherever it is asked: what its draws follow from."""
     return case.row * MOST_WORDINGS + case.wording
 
 

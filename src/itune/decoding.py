@@ -219,8 +219,9 @@ class _Job:
         for i, new in zip(rows, made[:, width:].tolist(), strict=True):
             end = next((k for k, id_ in enumerate(new) if id_ in stops), None)
             kept = new if end is None else new[:end]
-            for token in kept if self.order.told is not None else ():
-                self.order.told(i, token)
+            if self.order.told is not None:
+                for token in kept:
+                    self.order.told(i, token)
             self._note(i, kept, new if end is None else new[: end + 1])
 
     def _note(self, place: int, kept: list[int], ids: list[int]) -> None:

@@ -112,11 +112,11 @@ class Picker:
     def pick(self, scores: torch.Tensor, draws: Sequence[np.random.Generator]) -> list[int]:
         """The likeliest token of each row, or one drawn with the row's own random numbers."""
         if not self.samples:
-            return scores.argmax(-1).tolist()  # type: ignore[no-any-return]
+            return scores.argmax(-1).tolist()
         within = scores.softmax(-1).double().cumsum(-1)
         at = torch.tensor([[each.random()] for each in draws], dtype=torch.float64)
         found = torch.searchsorted(within, at.to(scores.device) * within[:, -1:], right=True)
-        return found.squeeze(1).clamp(max=scores.shape[-1] - 1).tolist()  # type: ignore[no-any-return]
+        return found.squeeze(1).clamp(max=scores.shape[-1] - 1).tolist()
 
 
 def draws(seed: int, key: int) -> np.random.Generator:

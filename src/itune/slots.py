@@ -38,7 +38,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, place: _Place) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.place = place
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -57,7 +57,8 @@ class _Layer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         place, rows = self.place, key_states.shape[0]
         seen = []
-        for store, new in ((self.keys, key_states), (self.values, value_states)):
+        stores: Any = (self.keys, self.values)
+        for store, new in zip(stores, (key_states, value_states), strict=True):
             mine = store[place.first : place.first + rows]
             if place.columns is None:
                 mine[:, :, place.start : place.start + new.shape[2]] = new
@@ -146,7 +147,7 @@ class Slots:
         behind = positions[:, None, :, None] - torch.arange(
             self.place.width, device=positions.device
         )
-        window = getattr(config, "sliding_window", None)
+        window: Any = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
         full = self._fit(behind >= 0)
         if kinds <= {FULL} and (kinds or window is None):
@@ -258,6 +259,7 @@ def disagrees(model: Any, ids: list[int]) -> str:
     return "" if apart <= limit else f"its cache in slots answers otherwise (by {apart:.2g})"
 
 
+@torch.no_grad()
 def _apart(model: Any, row: list[int]) -> float:
     """The largest difference over two rows of one prefix, in their first two steps."""
     whole = torch.tensor([row, row], device=model.device)
@@ -272,8 +274,6 @@ def _apart(model: Any, row: list[int]) -> float:
     # The first row is one token further than the second, as two answers under way are.
     for far in (8, 9):
         at = torch.tensor([far - 1, far - 2], device=model.device)
-        if far == 8:
-            slots.read(whole[:1, 2:7], first=0, start=2)
         found = slots.step(whole[torch.arange(2, device=model.device), at], at, far)
         wanted = plain[torch.arange(2, device=model.device), at]
         worst = max(worst, float((found.float().log_softmax(-1) - wanted).abs().max()))

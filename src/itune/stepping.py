@@ -53,7 +53,8 @@ def shared(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; at least one of each is left over."""
     if len(prompts) < 2:
         return 0
-    low, high = min(prompts), max(prompts)
+    lists = [list(each) for each in prompts]
+    low, high = min(lists), max(lists)
     most = min(len(low), len(high), *(len(each) for each in prompts)) - 1
     return next((k for k in range(most) if low[k] != high[k]), most)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+MOST_WORDINGS = 1 << 16
 SAID_EVERY = 30.0  # chosen: seconds between two lines of progress
 
 
@@ -78,6 +79,7 @@ class Answerer:
         self.tokens = 0
         self.seconds = 0.0
         self._model: Any = None
+        self._said: set[str] = set()
 
     def _tasks(self) -> list[data.Task]:
         from itune import data, decoding, shots
@@ -162,10 +164,7 @@ class Answerer:
         return all(not self._missing(task, kept) for task in self.tasks)
 
     def _missing(self, task: data.Task, kept: predictions.Kept) -> list[data.Case]:
-        """The cases to ask; where answers are drawn at random all of a task, or none."""
-        missing = [case for case in task.cases if kept.answer(task, case) is None]
-        drawn = self.wanted.do_sample and not self._chosen(task)
-        return list(task.cases) if missing and drawn else missing
+        return [case for case in task.cases if kept.answer(task, case) is None]
 
     def _chosen(self, task: data.Task) -> bool:
         return bool(task.template.choices) and self.asked.decide != "generate"
@@ -207,13 +206,10 @@ class Answerer:
         return out
 
     def _ask(self, task: data.Task, cases: list[data.Case], kept: predictions.Kept) -> None:
-        import torch
-
         from itune import decoding, likelihoods
 
         model, started = self.model, time.monotonic()
         told = self._counting(task, len(cases))
-        torch.manual_seed(self.recipe.training.seed)
 
         def keep(place: int, answer: str) -> None:
             kept.add(task, cases[place], answer)
@@ -236,10 +232,23 @@ class Answerer:
                 self.tokens += completion.tokens
                 keep(place, completion.text)
 
-            decoding.generate(model, self.encoder, [case.ids for case in cases], self.wanted, done)
+            decoding.generate(
+                model,
+                self.encoder,
+                [case.ids for case in cases],
+                self.wanted,
+                done,
+                order=decoding.Order(self.recipe.training.seed, [_key(case) for case in cases]),
+                say=self._say_once,
+            )
         seconds = time.monotonic() - started
         self.seconds += seconds
         self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def _counting(self, task: data.Task, total: int) -> Callable[[], None]:
         """To be called for each answer: says now and then how many there are, and what is left."""
@@ -284,6 +293,11 @@ class Answerer:
         """The numbers, from 0, of the rows of a source of plain text that are measured."""
         rows = sources.read(self._limited(source))
         return {rows.number(index) for index in range(len(rows.data))}
+
+
+def _key(case: data.Case) -> int:
+    """The same for a row and its wording wherever it is asked: what its draws follow from."""
+    return case.row * MOST_WORDINGS + case.wording
 
 
 def free() -> None:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     pass
 
 
+CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
+
+
 @dataclass(frozen=True, slots=True)
 class Common:
     """The options that every command has."""
@@ -303,7 +306,7 @@ def generate(common: Common, asked: prompting.Asked) -> None:
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]
-    for prompt, completion in _answers(asked, fields, waiting, screen):
+    for prompt, completion in _answers(asked, fields, waiting, screen, finished):
         answer = {
             "prompt": prompt,
             "response": completion.text,
@@ -328,9 +331,8 @@ def _answers(
     given: Mapping[str, Any],
     waiting: Sequence[tuple[str, list[Any]]],
     screen: console.Screen,
+    finished: int,
 ) -> Iterator[tuple[str, Any]]:
-    import torch
-
     from itune import decoding, encoding, models
 
     if not waiting:
@@ -352,12 +354,14 @@ def _answers(
     place = models.placement(named)
     model = models.load(named, place)
     models.take_threads(model, place)
-    torch.manual_seed(seed)
     # A chunk at a time, so that what is answered is written before the rest is begun.
-    for start in range(0, len(waiting), decoding.BATCH_ROWS):
-        chunk = waiting[start : start + decoding.BATCH_ROWS]
+    for start in range(0, len(waiting), CHUNK):
+        chunk = waiting[start : start + CHUNK]
         ids = [encoder.prompt(messages) for _, messages in chunk]
-        made = decoding.generate(model, encoder, ids, wanted)
+        keys = range(finished + start, finished + start + len(chunk))
+        order = decoding.Order(seed, keys)
+        say = screen.say if start == 0 else None
+        made = decoding.generate(model, encoder, ids, wanted, order=order, say=say)
         yield from zip((prompt for prompt, _ in chunk), made, strict=True)
 
 

@@ -74,6 +74,7 @@ ORDER = (
     "prompting",
     "starting",
     "finishing",
+    "rehearsing",
     "firsts",
     "previewing",
     "commands",

@@ -119,7 +119,7 @@ def _state(job: jobs.Job, settings: recipes.Training, world: int) -> checkpoints
         weights=weights,
         optimizer=optimizers.blank_state(job.model, settings),
         scheduler={},
-        rng=[checkpoints.random_state()] * world,
+        rng=[checkpoints.random_state() for _ in range(world)],
         meta={},
     )
 

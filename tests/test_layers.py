@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "itune"
 ORDER = (
     "__init__",
     "errors",
+    "memory",
     "storage",
     "signals",
     "yamls",
@@ -53,6 +54,7 @@ ORDER = (
     "jobs",
     "optimizers",
     "feeding",
+    "gradients",
     "rowlosses",
     "timing",
     "training",

@@ -32,6 +32,7 @@ from itune import (
     rowlosses,
     runs,
     signals,
+    storage,
     timing,
 )
 
@@ -186,6 +187,7 @@ class _Loop:
                 rng=rng,
                 meta=vars(self.at).copy(),
             )
+            storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
             checkpoints.save(
                 self.run.checkpoints,
                 state,

@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "itune"
 ORDER = (
     "__init__",
     "errors",
+    "memory",
     "storage",
     "signals",
     "yamls",
@@ -54,6 +55,7 @@ ORDER = (
     "jobs",
     "optimizers",
     "feeding",
+    "gradients",
     "rowlosses",
     "timing",
     "training",
@@ -78,6 +80,7 @@ ORDER = (
     "prompting",
     "starting",
     "finishing",
+    "rehearsing",
     "firsts",
     "previewing",
     "commands",

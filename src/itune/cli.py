@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from itune import __version__, errors, launching, signals
+from itune import __version__, errors, launching, memory, signals
 
 app = typer.Typer(
     name="itune",
@@ -231,7 +231,13 @@ def main() -> None:
             raise
         launching.tell("".join(f"error: {line}\n" for line in str(error).splitlines()))
         sys.exit(error.exit_code)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if memory.is_short(error):
+            launching.tell(
+                f"error: the memory does not hold this: {errors.inert(memory.told(error))}. Take a "
+                "smaller model or shorter texts, set quantization, or close other programs.\n"
+            )
+            sys.exit(errors.EnvironmentRefusal.exit_code)
         if not launching.lost_peer(error):
             raise
         launching.tell("error: another process of this run has ended, so this one stops too.\n")

@@ -134,7 +134,17 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import adapters, doctor, finishing, jobs, models, probing, starting, training
+    from itune import (
+        adapters,
+        doctor,
+        finishing,
+        jobs,
+        models,
+        probing,
+        rehearsing,
+        starting,
+        training,
+    )
 
     _still()
     place = models.placement(recipe.model)
@@ -181,6 +191,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             data={"train": starting.for_the_record(recipe, corpus)},
             steps=len(plan),
         )
+    rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
     outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()
     if accelerator.is_main_process:

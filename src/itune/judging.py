@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import contamination, errors, predictions, recipes, results, runs, scoring, storage
+from itune import (
+    contamination,
+    errors,
+    predictions,
+    recipes,
+    results,
+    runs,
+    scoring,
+    storage,
+    templates,
+)
 from itune import metrics as metric_names
 from itune.answering import Answerer, Asked, Say, free
 from itune.cases import is_text
@@ -20,6 +30,12 @@ DEFAULT_METRICS = {
     "generation": ("rougeL",),
     "chat": ("rougeL",),
 }
+
+
+def metrics_of(template: templates.Template, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The metrics of a template's answers: those that are wanted, else its own, else its task's."""
+    return tuple(wanted or template.metrics or DEFAULT_METRICS[template.task])
+
 
 # --- a file of predictions ------------------------------------------------------------------
 
@@ -82,7 +98,7 @@ def of_model(
     ours = Answerer(recipe, location or "", asked, say)
     ways = {
         task.name: results.Way(
-            metrics or task.template.metrics or DEFAULT_METRICS[task.template.task],
+            metrics_of(task.template, metrics),
             recipe.evaluation,
             task.template.choices,
             task.template.prompts[: asked.wordings],

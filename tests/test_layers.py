@@ -39,6 +39,8 @@ ORDER = (
     "sources",
     "fitting",
     "cases",
+    "collecting",
+    "spreading",
     "preparing",
     "data",
     "samples",

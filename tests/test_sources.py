@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -280,6 +281,36 @@ def test_a_mixture_is_seen_by_its_weights_and_gives_each_example_whole(
     assert sum(share["tokens_share"] for share in shares) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_processes_prepare_what_one_does(
+    streaming: bool, encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "BATCH", 7)
+    path = written("a.jsonl", [{"prompt": f"say {i}", "completion": "a" * (i + 1)} for i in range(99)])
+    made = []
+    for n in (1, 3):
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(Path(f"cache{n}").absolute()))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"cache{n}")
+        given = source(path, num_proc=n, streaming=streaming, weight=2)
+        part = preparing.prepared(given, encoder, training(), visits=None, command="tune")
+        assert part.known["too_long"] > 5
+        files = sorted(each for each in part.folder.iterdir())
+        made.append({each.name: each.read_bytes() for each in files})
+    assert made[0] == made[1]
+    assert len(made[0]) == 9, sorted(made[0])
+
+
+def test_a_broken_row_is_named_whichever_process_meets_it(
+    encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "BATCH", 5)
+    rows = [{"prompt": "a", "completion": "b" if i not in (23, 40) else ""} for i in range(50)]
+    given = source(written("a.jsonl", rows), num_proc=3)
+    with pytest.raises(errors.DataError, match=r"^a\.jsonl:24: column 'completion'"):
+        data.corpus([given], encoder, training())
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("steps", [-1, 3])
 def test_a_stream_is_read_as_far_as_the_run_needs(steps: int, encoder: encoding.Encoder) -> None:
     rows = [{"text": f"the cat sees {i}"} for i in range(2000)]
@@ -287,7 +318,7 @@ def test_a_stream_is_read_as_far_as_the_run_needs(steps: int, encoder: encoding.
     asked = training(max_steps=steps, tokens_per_step=100)
     found = data.corpus([streamed], encoder, asked, command="pretrain")
     whole = data.corpus([source("a.jsonl")], encoder, asked, command="pretrain")
-    assert len(found) == (2000 if steps < 0 else preparing.BATCH)
+    assert len(found) == (2000 if steps < 0 else preparing.TEXTS)
     assert found.example(7)[0].tolist() == whole.example(7)[0].tolist()
     limited = source("a.jsonl", streaming=True, limit=10)
     assert len(data.corpus([limited], encoder, asked, command="pretrain")) == 10

@@ -118,6 +118,8 @@ class Source(Record):
     """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
     """Take this many rows only, spread evenly over the source; of a stream the first."""
+    num_proc: Annotated[Whole, Field(ge=1)] | None = None
+    """Processes that render and tokenize (Linux); every core for large data when left out."""
     rename: dict[str, Text] = Field(default_factory=dict)
     """New names for columns, `old: new`, before the template sees them."""
     field: Text | None = None
@@ -400,6 +402,8 @@ def dump(recipe: Recipe) -> str:
 
 def decides(key: str) -> bool:
     """Whether a dotted key may change what comes out of a run."""
+    if key.startswith("data.") and key.endswith(".num_proc"):
+        return False
     return not any(key == each or key.startswith(f"{each}.") for each in UNDECIDING)
 
 

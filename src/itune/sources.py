@@ -356,14 +356,14 @@ def _shaped(rows: Rows) -> Rows:
         data = data.rename_columns(dict(source.rename))
     if not columns or not (source.streaming or len(data)):
         raise errors.DataError(f"{source.path}: 0 rows in split {source.split!r}.")
-    taken = None
+    kept = None
     if source.limit is not None and source.streaming:
         data = data.take(source.limit)
     elif source.limit is not None and source.limit < len(data):
-        taken = spread(len(data), source.limit)
-        data = data.select(taken)
+        kept = spread(len(data), source.limit)
+        data = data.select(kept)
     identity = [rows.identity, sorted(source.rename.items()), source.limit]
-    return replace(rows, data=data, identity=identity, taken=taken)
+    return replace(rows, data=data, identity=identity, taken=kept)
 
 
 def spread(count: int, limit: int) -> np.ndarray:

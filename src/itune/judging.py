@@ -7,7 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import contamination, errors, predictions, recipes, results, runs, scoring, storage
+from itune import (
+    contamination,
+    errors,
+    predictions,
+    recipes,
+    reports,
+    results,
+    runs,
+    scoring,
+    storage,
+)
 from itune import metrics as metric_names
 from itune.answering import Answerer, Asked, Say, free
 from itune.cases import is_text
@@ -118,6 +128,8 @@ def of_model(
     if folder is not None:
         _keep(folder, ours, made, rival, result)
         say(f"scores and predictions: {folder}")
+    if run is not None and folder is not None and folder.parent == run.dir / "evals":
+        say(f"report: {reports.write(run)}")
     return result
 
 

@@ -7,6 +7,7 @@ models and data through `contrasts` besides.
 from __future__ import annotations
 
 import datetime
+import functools
 import heapq
 import json
 from collections import defaultdict
@@ -26,6 +27,7 @@ TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SAMPLES = 20  # shown of one evaluation
 WORST = 20  # training rows of the highest loss
 EVALUATIONS = 8  # the newest; each is a few hundred kB
+SHORT = 300  # characters of a name
 SURE = 0.05
 Numbers = list[float]
 
@@ -46,7 +48,12 @@ def render(run: runs.Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        visible=contrasts.visible, cut=contrasts.cut, size=_size, clock=_clock, python=_python
+        visible=contrasts.visible,
+        cut=contrasts.cut,
+        short=functools.partial(contrasts.cut, most=SHORT),
+        size=_size,
+        clock=_clock,
+        python=_python,
     )
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     manifest, log = run.manifest, run.log_lines()
@@ -219,8 +226,8 @@ def _differences(differences: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[
             "value": f"{'+' if each['value'] >= 0 else ''}{_number(float(each['value']))}",
             "low": _number(float(each["low"])),
             "high": _number(float(each["high"])),
-            "p": f"{each['p_value']:.3g}",
-            "p_holm": f"{each['p_holm']:.3g}",
+            "p": f"{each['p_value']:.3f}",
+            "p_holm": f"{each['p_holm']:.3f}",
             "verdict": ("better" if gain > 0 else "worse") if sure else "not told apart",
         }
 
@@ -351,4 +358,4 @@ def _python(text: object) -> str:
 
 
 def _time(stamp: float) -> str:
-    return datetime.datetime.fromtimestamp(stamp, datetime.timezone.utc).isoformat(" ", "minutes")
+    return f"{datetime.datetime.fromtimestamp(stamp, datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"

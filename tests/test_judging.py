@@ -419,3 +419,50 @@ def test_shots_have_answers_of_their_own(folder: Path, cli: Cli, asked: list[str
     assert asked.count("generate") == 5 + 3
     by_recipe = cli(*run, "--limit", "3", "-s", "evaluation.shots=2")
     assert "3 of 3 answers are kept" in by_recipe.err
+
+
+# --- options and adapters ---
+
+
+@pytest.mark.parametrize(
+    "given", ["-r lora.yaml", "-s a=1", "-o x", "--run runs/lora", "--limit 1", "--shots 0"]
+)
+def test_what_says_nothing_of_given_answers_is_refused(given: str, folder: Path, cli: Cli) -> None:
+    write(folder / "p.jsonl", [{"prediction": "a", "reference": "a"}])
+    run = ("eval", "--predictions", "p.jsonl", "--metric", "accuracy")
+    assert cli(*run).code == 0
+    refused = cli(*run, *given.split())
+    assert refused.code == 2
+    assert "has no meaning beside --predictions" in refused.err
+
+
+def test_an_adapter_that_cannot_be_folded_is_compared_with_its_base(
+    folder: Path, cli: Cli, asked: list[str], tiny_model_dir: Path
+) -> None:
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    wanted = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for path in (folder / "runs/lora/model").glob("adapter*"):
+        path.unlink()
+    peft.get_peft_model(base, wanted).save_pretrained(folder / "runs/lora/model")
+    asked.clear()
+    found = result(cli("eval", "--run", "runs/lora", "--against", "base", *PLACES, "--json"))
+    assert asked.count("load") == 1, "one model, with the adapter put on it"
+    alone = result(cli("eval", "--model", tiny_model_dir, "-r", "lora.yaml", *PLACES, "--json"))
+    theirs = found["tasks"]["place"]["against"]["scores"]
+    assert theirs == alone["tasks"]["place"]["scores"]
+
+
+def test_texts_measured_in_batches_are_as_each_alone(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from itune import batches
+
+    run = ("eval", "--run", "runs/lora", "-s", "data.eval=[{path: text.jsonl, limit: 9}]", "--json")
+    together = result(cli(*run))["tasks"]["text"]["scores"]["perplexity"]
+    monkeypatch.setattr(batches, "MICRO_TOKENS", 1)
+    alone = result(cli(*run))["tasks"]["text"]["scores"]["perplexity"]
+    assert together["value"] == pytest.approx(alone["value"], rel=1e-6)
+    assert together["low"] == pytest.approx(alone["low"], rel=1e-6)

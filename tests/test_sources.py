@@ -286,7 +286,9 @@ def test_several_processes_prepare_what_one_does(
     streaming: bool, encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "BATCH", 7)
-    path = written("a.jsonl", [{"prompt": f"say {i}", "completion": "a" * (i + 1)} for i in range(99)])
+    path = written(
+        "a.jsonl", [{"prompt": f"say {i}", "completion": "a" * (i + 1)} for i in range(99)]
+    )
     made = []
     for n in (1, 3):
         monkeypatch.setenv("HF_DATASETS_CACHE", str(Path(f"cache{n}").absolute()))

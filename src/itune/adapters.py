@@ -110,7 +110,8 @@ def merge_and_prove(model: Any, ids: torch.Tensor, folder: Path) -> float:
 def folded(base: Any, location: str) -> Any:
     """The base with the adapter of a folder folded into its own weights: no second copy.
 
-    Raises ModelError where the adapter does not go with it.
+    An adapter that cannot be folded, such as a prompt, stays on it. Raises ModelError where the
+    adapter does not go with its base.
     """
     import peft
 
@@ -120,7 +121,7 @@ def folded(base: Any, location: str) -> Any:
         raise errors.ModelError(
             f"{location}: this adapter does not go with its base: {' '.join(str(error).split())}"
         ) from error
-    return loaded.merge_and_unload()
+    return loaded.merge_and_unload() if hasattr(loaded, "merge_and_unload") else loaded
 
 
 @contextlib.contextmanager

@@ -268,23 +268,34 @@ class Answerer:
 
     def losses(self) -> dict[str, tuple[str, np.ndarray]]:
         """(path, [texts, 2]: summed loss in nats, tokens) of each source of plain text, by name."""
-        import torch
-
-        from itune import batches, data, losses
+        from itune import data
 
         out = {}
         for source in self.recipe.data.eval:
             if not data.is_text(source):
                 continue
             corpus = data.corpus([self._limited(source)], self.encoder, self.recipe.training)
-            sums = np.zeros((len(corpus), 2))
-            for index in range(len(corpus)):
-                batch = batches.padded(corpus, np.array([index]), self.encoder.eos_id)
-                with torch.inference_mode():
-                    loss = losses.summed(self.model, batch.to(self.model.device))
-                sums[index] = float(loss), corpus.targets[index]
+            sums = np.column_stack([self._summed(corpus), corpus.targets])
             out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
         return out
+
+    def _summed(self, corpus: data.Corpus) -> np.ndarray:
+        """The summed loss of each text in nats, [texts], computed in batches of like lengths."""
+        import torch
+
+        from itune import batches, losses
+
+        lengths, found = corpus.lengths, np.zeros(len(corpus))
+        order = np.argsort(-lengths, kind="stable")
+        for rows in batches.micro_batches(order, lengths, batches.MICRO_TOKENS, padded=True):
+            batch = batches.padded(corpus, rows, self.encoder.eos_id).to(self.model.device)
+            each: losses.Each = []
+            with torch.inference_mode():
+                losses.summed(self.model, batch, each=each)
+            owners = batch.owners().cpu().numpy()
+            nats = torch.cat(each).double().cpu().numpy()
+            found[rows] = np.bincount(owners, weights=nats, minlength=len(rows))
+        return found
 
     def _limited(self, source: recipes.Source) -> recipes.Source:
         return source.model_copy(update={"limit": self.asked.limit or source.limit})

@@ -239,8 +239,7 @@ def evaluate(common: Common, asked: Judged) -> None:
 
     screen = common.screen()
     if asked.predictions is not None:
-        if not asked.metrics:
-            raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
+        _refuse_beside_predictions(common, asked)
         settings = recipes.Evaluation()
         result = judging.of_file(asked.predictions, asked.metrics, asked.against, settings)
     else:
@@ -271,6 +270,28 @@ def evaluate(common: Common, asked: Judged) -> None:
             screen.table("", table.columns, table.rows)
         screen.result("".join(f"{note}\n" for note in table.notes))
     _emit(common, result)
+
+
+def _refuse_beside_predictions(common: Common, asked: Judged) -> None:
+    """Refuse options that say nothing about a file of answers, rather than leave them unheard."""
+    if not asked.metrics:
+        raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
+    given = {
+        "--recipe": common.recipe,
+        "--set": common.sets or None,
+        "--output": common.output,
+        "--run": asked.run,
+        "--model": asked.model,
+        "--limit": asked.limit,
+        "--shots": asked.shots,
+        "--wordings": asked.wordings,
+    }
+    unheard = [name for name, value in given.items() if value is not None]
+    if unheard:
+        raise errors.OptionError(
+            f"{unheard[0]}: has no meaning beside --predictions, whose answers are given. "
+            "Leave one of them out."
+        )
 
 
 def _wordings(given: str | None) -> int | None:

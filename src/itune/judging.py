@@ -12,6 +12,7 @@ from itune import (
     errors,
     predictions,
     recipes,
+    reports,
     results,
     runs,
     scoring,
@@ -134,6 +135,8 @@ def of_model(
     if folder is not None:
         _keep(folder, ours, made, rival, result)
         say(f"scores and predictions: {folder}")
+    if run is not None and folder is not None and folder.parent == run.dir / "evals":
+        say(f"report: {reports.write(run)}")
     return result
 
 

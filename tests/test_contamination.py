@@ -85,7 +85,7 @@ def test_what_is_found_is_what_comparing_all_with_all_finds(tmp_path: Path) -> N
         assert {(p.eval.path, p.eval.row) for p in result.pairs if p.kind == kind} == expected
     assert result.counts() == {"exact": len(exact), "ngram": len(ngram)}
     assert result.counts(1)["exact"] == sum(path == "b.jsonl" for path, _ in exact)
-    assert result.counts(0, 5)["ngram"] == sum(p == "a.jsonl" and k < 5 for p, k in ngram)
+    assert result.counts(0, range(5))["ngram"] == sum(p == "a.jsonl" and k < 5 for p, k in ngram)
     assert result.rows == (66, 26)
     for pair in result.pairs:
         ours, theirs = held[pair.eval.path][pair.eval.row], train[pair.train.path][pair.train.row]
@@ -217,7 +217,7 @@ def test_each_score_says_how_many_of_its_rows_were_trained_on(
     assert json.loads(scored.out)["tasks"]["mood"]["contamination"] == {"exact": 2, "ngram": 1}
     kept = json.loads((tmp_path / "runs/tune/evals/all/scores.json").read_text())
     assert kept["tasks"]["mood"]["contamination"] == {"exact": 2, "ngram": 1}
-    limited = json.loads(cli("eval", "--json", "--limit", "2").out)
+    limited = json.loads(cli("eval", "--json", "--limit", "2").out)  # rows 1 and 3 of 4
     assert limited["tasks"]["mood"]["contamination"] == {"exact": 1, "ngram": 0}
     shown = cli("eval").out
     assert "also in the training data" in shown

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from test_commands import world, write
 
-from itune import answering, commands, decoding, likelihoods, models
+from itune import answering, commands, decoding, likelihoods, models, stepping
 
 RECIPE = """
 model: {{name: {base}}}
@@ -68,9 +68,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("load")
         return load(*arguments, **options)
 
-    def generating(model: Any, encoder: Any, prompts: Any, *rest: Any) -> Any:
+    def generating(model: Any, encoder: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
         seen.extend(["generate"] * len(prompts))
-        return generate(model, encoder, prompts, *rest)
+        return generate(model, encoder, prompts, *rest, **options)
 
     def choosing(model: Any, encoder: Any, prompts: Any, choices: Any, **options: Any) -> Any:
         seen.extend(["choose"] * len(prompts))
@@ -137,7 +137,7 @@ def test_other_weights_or_another_prompt_ask_anew(folder: Path, cli: Cli, asked:
     result(cli(*run, "--json"))
     asked.clear()
     rows = list(read(folder / "places.jsonl"))
-    rows[2]["text"] = "Eve is in the cellar."
+    rows[len(rows) * 2 // 5]["text"] = "Eve is in the cellar."  # the third of five taken
     write(folder / "places.jsonl", rows)
     result(cli(*run, "--json"))
     assert asked == ["load", "generate"], "one row alone was asked otherwise"
@@ -152,16 +152,18 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
 ) -> None:
     run = ("eval", "--run", "runs/lora", *PLACES)
     whole = result(cli(*run, "-o", "whole", "--json"))
-    monkeypatch.setattr(decoding, "BATCH_ROWS", 2)
+    monkeypatch.setattr(stepping, "BATCH_ROWS", 2)
     generate = decoding.generate
 
-    def dying(model: Any, encoder: Any, prompts: Any, wanted: Any, done: Any) -> Any:
+    def dying(
+        model: Any, encoder: Any, prompts: Any, wanted: Any, done: Any, **options: Any
+    ) -> Any:
         def told(place: int, completion: Any) -> None:
             done(place, completion)
             if len(list(read(folder / "runs/lora/evals/all/predictions.jsonl"))) == 3:
                 raise KeyboardInterrupt
 
-        return generate(model, encoder, prompts, wanted, told)
+        return generate(model, encoder, prompts, wanted, told, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(decoding, "generate", dying)
@@ -188,7 +190,7 @@ def test_a_long_evaluation_says_how_far_it_is(
     assert "5 of 5" not in said
 
 
-def test_answers_drawn_at_random_are_kept_whole_or_not_at_all(
+def test_answers_drawn_at_random_go_on_as_they_would_have(
     folder: Path, cli: Cli, asked: list[str]
 ) -> None:
     run = ("eval", "--run", "runs/lora", "-s", "generation.temperature=1.5", *PLACES)
@@ -200,8 +202,8 @@ def test_answers_drawn_at_random_are_kept_whole_or_not_at_all(
     assert asked == []
     path.write_text("".join(whole.splitlines(keepends=True)[:3]))
     result(cli(*run, "--json"))
-    assert asked == ["load", *["generate"] * 5]
-    assert path.read_text() == whole, "the seed gives the same answers"
+    assert asked == ["load", "generate", "generate"]
+    assert path.read_text() == whole, "the seed gives the same answers to the rows left over"
 
 
 # --- against ---
@@ -300,7 +302,7 @@ def test_a_file_that_was_asked_something_else_is_refused(folder: Path, cli: Cli)
     write(folder / "other.jsonl", lines)
     refused = cli(*run, "--against", "other.jsonl")
     assert refused.code == 2
-    assert "row 1 in wording 0 was asked otherwise" in refused.err
+    assert f"row {lines[1]['row']} in wording 0 was asked otherwise" in refused.err
     assert "Say it in French" in refused.err
 
 
@@ -411,9 +413,56 @@ def test_shots_have_answers_of_their_own(folder: Path, cli: Cli, asked: list[str
     result(cli(*run, "--json"))
     found = result(cli(*run, "--shots", "2", "--limit", "3", "--json"))
     assert found["tasks"]["place"]["rows"] == 3
-    lines = list(read(folder / "runs/lora/evals/first-3-shots-2/predictions.jsonl"))
+    lines = list(read(folder / "runs/lora/evals/limit-3-shots-2/predictions.jsonl"))
     assert len(lines) == 3
     assert all(line["prompt"].count("Where?") == 3 for line in lines)
     assert asked.count("generate") == 5 + 3
     by_recipe = cli(*run, "--limit", "3", "-s", "evaluation.shots=2")
     assert "3 of 3 answers are kept" in by_recipe.err
+
+
+# --- options and adapters ---
+
+
+@pytest.mark.parametrize(
+    "given", ["-r lora.yaml", "-s a=1", "-o x", "--run runs/lora", "--limit 1", "--shots 0"]
+)
+def test_what_says_nothing_of_given_answers_is_refused(given: str, folder: Path, cli: Cli) -> None:
+    write(folder / "p.jsonl", [{"prediction": "a", "reference": "a"}])
+    run = ("eval", "--predictions", "p.jsonl", "--metric", "accuracy")
+    assert cli(*run).code == 0
+    refused = cli(*run, *given.split())
+    assert refused.code == 2
+    assert "has no meaning beside --predictions" in refused.err
+
+
+def test_an_adapter_that_cannot_be_folded_is_compared_with_its_base(
+    folder: Path, cli: Cli, asked: list[str], tiny_model_dir: Path
+) -> None:
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    wanted = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    for path in (folder / "runs/lora/model").glob("adapter*"):
+        path.unlink()
+    peft.get_peft_model(base, wanted).save_pretrained(folder / "runs/lora/model")
+    asked.clear()
+    found = result(cli("eval", "--run", "runs/lora", "--against", "base", *PLACES, "--json"))
+    assert asked.count("load") == 1, "one model, with the adapter put on it"
+    alone = result(cli("eval", "--model", tiny_model_dir, "-r", "lora.yaml", *PLACES, "--json"))
+    theirs = found["tasks"]["place"]["against"]["scores"]
+    assert theirs == alone["tasks"]["place"]["scores"]
+
+
+def test_texts_measured_in_batches_are_as_each_alone(
+    folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from itune import batches
+
+    run = ("eval", "--run", "runs/lora", "-s", "data.eval=[{path: text.jsonl, limit: 9}]", "--json")
+    together = result(cli(*run))["tasks"]["text"]["scores"]["perplexity"]
+    monkeypatch.setattr(batches, "MICRO_TOKENS", 1)
+    alone = result(cli(*run))["tasks"]["text"]["scores"]["perplexity"]
+    assert together["value"] == pytest.approx(alone["value"], rel=1e-6)
+    assert together["low"] == pytest.approx(alone["low"], rel=1e-6)

@@ -269,6 +269,19 @@ def controls(one: encoding.Encoder, ids: list[int]) -> list[int]:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_text_never_becomes_a_control_token(kind: str, data: st.DataObject) -> None:
+    stays_text(kind, data)
+
+
+@pytest.mark.slow
+@every_kind
+@settings(max_examples=625, deadline=None)
+@given(data=st.data())
+def test_twenty_thousand_texts_never_become_a_control_token(kind: str, data: st.DataObject) -> None:
+    """Four texts a conversation, 625 conversations a kind, eight kinds."""
+    stays_text(kind, data)
+
+
+def stays_text(kind: str, data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(GUARDED))
     one = encoder(kind, shape)
     texts = data.draw(st.tuples(*[forgeries(shape)] * 4))

@@ -86,7 +86,9 @@ def test_the_shots_of_a_row_follow_from_seed_and_row_alone(
     whole, _ = asked(recipe, encoder, 2)
     source = recipe.data.eval[0].model_copy(update={"limit": 2})
     some = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": (source,)})})
-    assert asked(some, encoder, 2)[0] == whole[:4]
+    cases = asked(some, encoder, 2)[0]
+    assert [case.row for case in cases] == [0, 0, 3, 3], "spread over the six rows"
+    assert cases == whole[:2] + whole[6:8]
     assert [turn.content.removeprefix("Find it. ") for turn in whole[1].messages[2:-1:2]] == [
         turn.content for turn in whole[0].messages[2:-1:2]
     ], "both wordings of a row show the same answers"

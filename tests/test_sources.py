@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -100,6 +101,18 @@ def test_each_kind_of_file_gives_the_same_rows(kind: str) -> None:
     path = made(kind)
     assert rows_of(path) == ROWS
     assert rows_of(path, split="test[2:4]", limit=1) == ROWS[2:3]
+
+
+def test_a_limit_takes_rows_from_all_over_a_sorted_file(encoder: encoding.Encoder) -> None:
+    path = written("sorted.jsonl")
+    rows = sources_.read(source(path, limit=3))
+    assert [row["prompt"] for row in rows.data] == ["say 0", "say 2", "say 4"]
+    assert [rows.place(index) for index in range(3)] == [f"{path}:{n}" for n in (1, 3, 5)]
+    assert rows_of(path, limit=3, streaming=True) == ROWS[:3], "a stream has no middle"
+    (task,) = data.tasks([source(path, limit=3)], encoder, max_prompt=64)
+    assert [case.row for case in task.cases] == [0, 2, 4]
+    corpus = data.corpus([source(path, limit=3)], encoder, training())
+    assert [corpus.number(index) for index in range(len(corpus))] == [0, 2, 4]
 
 
 def test_text_is_rows_by_line_paragraph_or_document() -> None:
@@ -268,6 +281,38 @@ def test_a_mixture_is_seen_by_its_weights_and_gives_each_example_whole(
     assert sum(share["tokens_share"] for share in shares) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_several_processes_prepare_what_one_does(
+    streaming: bool, encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "BATCH", 7)
+    path = written(
+        "a.jsonl", [{"prompt": f"say {i}", "completion": "a" * (i + 1)} for i in range(99)]
+    )
+    made = []
+    for n in (1, 3):
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(Path(f"cache{n}").absolute()))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", f"cache{n}")
+        given = source(path, num_proc=n, streaming=streaming, weight=2)
+        part = preparing.prepared(given, encoder, training(), visits=None, command="tune")
+        assert part.known["too_long"] > 5
+        files = sorted(each for each in part.folder.iterdir())
+        made.append({each.name: each.read_bytes() for each in files})
+    assert made[0] == made[1]
+    assert len(made[0]) == 9, sorted(made[0])
+
+
+def test_a_broken_row_is_named_whichever_process_meets_it(
+    encoder: encoding.Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "BATCH", 5)
+    rows = [{"prompt": "a", "completion": "b" if i not in (23, 40) else ""} for i in range(50)]
+    given = source(written("a.jsonl", rows), num_proc=3)
+    with pytest.raises(errors.DataError, match=r"^a\.jsonl:24: column 'completion'"):
+        data.corpus([given], encoder, training())
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("steps", [-1, 3])
 def test_a_stream_is_read_as_far_as_the_run_needs(steps: int, encoder: encoding.Encoder) -> None:
     rows = [{"text": f"the cat sees {i}"} for i in range(2000)]
@@ -275,7 +320,7 @@ def test_a_stream_is_read_as_far_as_the_run_needs(steps: int, encoder: encoding.
     asked = training(max_steps=steps, tokens_per_step=100)
     found = data.corpus([streamed], encoder, asked, command="pretrain")
     whole = data.corpus([source("a.jsonl")], encoder, asked, command="pretrain")
-    assert len(found) == (2000 if steps < 0 else preparing.BATCH)
+    assert len(found) == (2000 if steps < 0 else preparing.TEXTS)
     assert found.example(7)[0].tolist() == whole.example(7)[0].tolist()
     limited = source("a.jsonl", streaming=True, limit=10)
     assert len(data.corpus([limited], encoder, asked, command="pretrain")) == 10

@@ -5,8 +5,9 @@ Needs torch.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,44 @@ def merged_or_not(load: Callable[[], Any]) -> Any:
     except (NotImplementedError, ValueError):
         loaded.unload()
         return load()
+
+
+@contextlib.contextmanager
+def folded_in(model: Any) -> Iterator[Any]:
+    """The model beneath an adapter, with the adapter folded into its weights for a while.
+
+    Afterwards all weights are what they were, to the bit: they were kept, not computed back. What
+    cannot be folded exactly (few bits, prompts learnt) is given as it is, adapter beside it; a
+    model without an adapter too.
+    """
+    layers = _foldable(model)
+    if not layers:
+        yield model
+        return
+    kept = [p.detach().clone() for each in layers for p in each.get_base_layer().parameters()]
+    model.merge_adapter()
+    try:
+        yield model.get_base_model()
+    finally:
+        model.unmerge_adapter()
+        with torch.no_grad():
+            own = (p for each in layers for p in each.get_base_layer().parameters())
+            for parameter, before in zip(own, kept, strict=True):
+                parameter.copy_(before)
+
+
+def _foldable(model: Any) -> list[Any]:
+    """The adapted layers of a model whose adapter can be folded in and out; else none."""
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, peft.PeftModel) or not hasattr(model.base_model, "merge_adapter"):
+        return []
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    for each in layers:
+        weights = list(each.get_base_layer().parameters())
+        if not hasattr(each, "merge") or each.merged or not weights:
+            return []
+        if not all(p.is_floating_point() for p in weights):
+            return []
+    return layers

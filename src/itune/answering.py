@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, predictions, recipes, scoring, signals
+from itune import errors, predictions, recipes, scoring, signals, sources
 
 if TYPE_CHECKING:
     from itune import data
 
 Say = Callable[[str], None]
 
+MOST_WORDINGS = 1 << 16
 SAID_EVERY = 30.0  # chosen: seconds between two lines of progress
 
 
@@ -39,9 +40,9 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """`all`, or what is not asked as usual: `first-20-shots-3`."""
+        """`all`, or what is not asked as usual: `limit-20-shots-3`."""
         parts = [
-            "" if self.limit is None else f"first-{self.limit}",
+            "" if self.limit is None else f"limit-{self.limit}",
             f"shots-{self.shots}" if self.shots else "",
             "" if self.wordings is None else f"wordings-{self.wordings}",
             "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
@@ -78,6 +79,7 @@ class Answerer:
         self.tokens = 0
         self.seconds = 0.0
         self._model: Any = None
+        self._said: set[str] = set()
 
     def _tasks(self) -> list[data.Task]:
         from itune import data, decoding, families, models, shots
@@ -164,10 +166,7 @@ class Answerer:
         return all(not self._missing(task, kept) for task in self.tasks)
 
     def _missing(self, task: data.Task, kept: predictions.Kept) -> list[data.Case]:
-        """The cases to ask; where answers are drawn at random all of a task, or none."""
-        missing = [case for case in task.cases if kept.answer(task, case) is None]
-        drawn = self.wanted.do_sample and not self._chosen(task)
-        return list(task.cases) if missing and drawn else missing
+        return [case for case in task.cases if kept.answer(task, case) is None]
 
     def _chosen(self, task: data.Task) -> bool:
         return bool(task.template.choices) and self.asked.decide != "generate"
@@ -209,13 +208,10 @@ class Answerer:
         return out
 
     def _ask(self, task: data.Task, cases: list[data.Case], kept: predictions.Kept) -> None:
-        import torch
-
         from itune import decoding, likelihoods
 
         model, started = self.model, time.monotonic()
         told = self._counting(task, len(cases))
-        torch.manual_seed(self.recipe.training.seed)
 
         def keep(place: int, answer: str) -> None:
             kept.add(task, cases[place], answer)
@@ -240,10 +236,23 @@ class Answerer:
                 self.tokens += completion.tokens
                 keep(place, completion.text)
 
-            decoding.generate(model, self.encoder, [case.ids for case in cases], self.wanted, done)
+            decoding.generate(
+                model,
+                self.encoder,
+                [case.ids for case in cases],
+                self.wanted,
+                done,
+                order=decoding.Order(self.recipe.training.seed, [_key(case) for case in cases]),
+                say=self._say_once,
+            )
         seconds = time.monotonic() - started
         self.seconds += seconds
         self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     def _counting(self, task: data.Task, total: int) -> Callable[[], None]:
         """To be called for each answer: says now and then how many there are, and what is left."""
@@ -263,34 +272,57 @@ class Answerer:
 
     def losses(self) -> dict[str, tuple[str, np.ndarray]]:
         """(path, [texts, 2]: summed loss in nats, tokens) of each source of plain text, by name."""
-        import torch
-
-        from itune import batches, data, losses, objectives
+        from itune import data, objectives
 
         out = {}
         for source in self.recipe.data.eval:
             if not data.is_text(source):
                 continue
-            limited = source.model_copy(update={"limit": self.asked.limit or source.limit})
             training = self.recipe.training
-            corpus = data.corpus([limited], self.encoder, training)
+            corpus = data.corpus([self._limited(source)], self.encoder, training)
             objective = objectives.of(self.encoder, training)
             corpus = objectives.counted(corpus, objective, self.encoder.room)
             if objective is not None:
                 self.say(
-                    f"{limited.path}: a pseudo-perplexity, of the {training.mlm_probability:.0%} "
+                    f"{source.path}: a pseudo-perplexity, of the {training.mlm_probability:.0%} "
                     "of its tokens that are hidden; not to be held beside a decoder's"
                 )
-            collate = objectives.collate(self.encoder, self.model, training)
-            collate = collate or batches.padder(self.encoder.eos_id)
-            sums = np.zeros((len(corpus), 2))
-            for index in range(len(corpus)):
-                batch = collate(corpus, np.array([index]))
-                with torch.inference_mode():
-                    loss = losses.summed(self.model, batch.to(self.model.device))
-                sums[index] = float(loss), corpus.targets[index]
+            sums = np.column_stack([self._summed(corpus), corpus.targets])
             out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
         return out
+
+    def _summed(self, corpus: data.Corpus) -> np.ndarray:
+        """The summed loss of each text in nats, [texts], computed in batches of like lengths."""
+        import torch
+
+        from itune import batches, losses, objectives
+
+        collate = objectives.collate(self.encoder, self.model, self.recipe.training)
+        collate = collate or batches.padder(self.encoder.eos_id)
+        lengths, found = corpus.lengths, np.zeros(len(corpus))
+        order = np.argsort(-lengths, kind="stable")
+        for rows in batches.micro_batches(order, lengths, batches.MICRO_TOKENS, padded=True):
+            batch = collate(corpus, rows).to(self.model.device)
+            each: losses.Each = []
+            with torch.inference_mode():
+                losses.summed(self.model, batch, each=each)
+            owners = batch.owners().cpu().numpy()
+            nats = torch.cat(each).double().cpu().numpy()
+            found[rows] = np.bincount(owners, weights=nats, minlength=len(rows))
+        return found
+
+    def _limited(self, source: recipes.Source) -> recipes.Source:
+        return source.model_copy(update={"limit": self.asked.limit or source.limit})
+
+    def numbers(self, source: recipes.Source) -> set[int]:
+        """The numbers, from 0, of the rows of a source of plain text that are measured."""
+        rows = sources.read(self._limited(source))
+        return {rows.number(index) for index in range(len(rows.data))}
+
+
+def _key(case: data.Case) -> int:
+    """The same for a row and its wording wherever it is asked: what its draws follow from."""
+    return case.row * MOST_WORDINGS + case.wording
 
 
 def free() -> None:

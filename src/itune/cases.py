@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,35 @@ def placed(
 ) -> formats.Example:
     """The Example of a row. Raises DataError with the place, and how many rows are like it."""
     try:
-        return how.example(row, wording)
+        return checked(how.example(row, wording))
     except errors.UserError as error:
         text = f"{rows.place(index)}: {error}"
         if not rows.source.streaming:
             alike = sum(1 for _ in _broken(rows, how, wording))
             text += f" {alike} such row{'s' * (alike > 1)} of {min(len(rows.data), MOST_COUNTED)}."
         raise errors.DataError(text) from error
+
+
+def checked(example: formats.Example) -> formats.Example:
+    """The Example, if no text of it holds a NUL, which no text has and many readers end at."""
+    for text in (example.text or "", *(message.content for message in example.messages)):
+        if "\0" in text:
+            near = errors.shown(text[max(0, text.index("\0") - 15) :][:30])
+            raise errors.DataError(
+                f"the character U+0000 (NUL) in {near}. Take it out: text has none."
+            )
+    return example
+
+
+# Signs that show a text in another order than it has, so in another than the model reads:
+# https://www.unicode.org/reports/tr9/, embeddings, overrides and isolates.
+TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def turned(text: str) -> str | None:
+    """The first sign of a text that shows it in another order, as U+202E; None without one."""
+    found = None if text.isascii() else TURNING.search(text)
+    return found and f"U+{ord(found[0]):04X}"
 
 
 # chosen: a few seconds at most, when the command fails anyway.
@@ -73,7 +96,7 @@ MOST_COUNTED = 50_000
 def _broken(rows: sources.Rows, how: formats.Reading, wording: int) -> Iterator[int]:
     for index in range(min(len(rows.data), MOST_COUNTED)):
         try:
-            how.example(rows.data[index], wording)
+            checked(how.example(rows.data[index], wording))
         except errors.UserError:
             yield index
 
@@ -133,5 +156,5 @@ def _cases(
                     "generation.max_new_tokens, or take the row out."
                 )
             (messages, ids), truncated = shorter, truncated + 1
-        cases.append(Case(index, wording, messages, tuple(ids), example.references))
+        cases.append(Case(rows.number(index), wording, messages, tuple(ids), example.references))
     return cases, truncated

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from itune import __version__, errors, launching, signals
+from itune import __version__, errors, launching, memory, signals
 
 app = typer.Typer(
     name="itune",
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+UNREAD = 141  # as a shell reports a program that SIGPIPE ended
 
 RecipeOption = Annotated[
     str | None,
@@ -194,18 +197,47 @@ def _common(
     pass
 
 
+def _open_outputs() -> None:
+    """Give what is written to a closed output (`>&-`) a place to vanish."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
+def _place(stream: Any) -> tuple[str, int, int] | None:
+    """What a stream is and where it leads."""
+    try:
+        state = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return None
+    return type(stream).__name__, state.st_dev, state.st_ino
+
+
 def main() -> None:
     """Run the command line; an error that a user can meet is one message and an exit code."""
     launching.end_with_launcher()
+    _open_outputs()
+    output = _place(sys.stdout)
     try:
         with signals.LISTENER.listening():
             app()
+    except SystemExit as end:
+        # click and rich put something else in the place of an output that nobody reads any more.
+        if end.code == 1 and _place(sys.stdout) != output:
+            sys.exit(UNREAD)
+        raise
     except errors.ItuneError as error:
         if error.exit_code == errors.ItuneError.exit_code:
             raise
         launching.tell("".join(f"error: {line}\n" for line in str(error).splitlines()))
         sys.exit(error.exit_code)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if memory.is_short(error):
+            launching.tell(
+                f"error: the memory does not hold this: {errors.inert(memory.told(error))}. Take a "
+                "smaller model or shorter texts, set quantization, or close other programs.\n"
+            )
+            sys.exit(errors.EnvironmentRefusal.exit_code)
         if not launching.lost_peer(error):
             raise
         launching.tell("error: another process of this run has ended, so this one stops too.\n")

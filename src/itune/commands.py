@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     pass
 
 
+CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
+
+
 @dataclass(frozen=True, slots=True)
 class Common:
     """The options that every command has."""
@@ -140,6 +143,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         models,
         objectives,
         probing,
+        rehearsing,
         starting,
         training,
     )
@@ -202,6 +206,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             data={"train": starting.for_the_record(recipe, corpus)},
             steps=len(plan),
         )
+    rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
     outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()
     if accelerator.is_main_process:
@@ -250,8 +255,7 @@ def evaluate(common: Common, asked: Judged) -> None:
 
     screen = common.screen()
     if asked.predictions is not None:
-        if not asked.metrics:
-            raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
+        _refuse_beside_predictions(common, asked)
         settings = recipes.Evaluation()
         result = judging.of_file(asked.predictions, asked.metrics, asked.against, settings)
     else:
@@ -282,6 +286,28 @@ def evaluate(common: Common, asked: Judged) -> None:
             screen.table("", table.columns, table.rows)
         screen.result("".join(f"{note}\n" for note in table.notes))
     _emit(common, result)
+
+
+def _refuse_beside_predictions(common: Common, asked: Judged) -> None:
+    """Refuse options that say nothing about a file of answers, rather than leave them unheard."""
+    if not asked.metrics:
+        raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
+    given = {
+        "--recipe": common.recipe,
+        "--set": common.sets or None,
+        "--output": common.output,
+        "--run": asked.run,
+        "--model": asked.model,
+        "--limit": asked.limit,
+        "--shots": asked.shots,
+        "--wordings": asked.wordings,
+    }
+    unheard = [name for name, value in given.items() if value is not None]
+    if unheard:
+        raise errors.OptionError(
+            f"{unheard[0]}: has no meaning beside --predictions, whose answers are given. "
+            "Leave one of them out."
+        )
 
 
 def _wordings(given: str | None) -> int | None:
@@ -328,7 +354,7 @@ def generate(common: Common, asked: prompting.Asked) -> None:
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]
-    for prompt, completion in _answers(asked, fields, waiting, screen):
+    for prompt, completion in _answers(asked, fields, waiting, screen, finished):
         answer = {
             "prompt": prompt,
             "response": completion.text,
@@ -353,9 +379,8 @@ def _answers(
     given: Mapping[str, Any],
     waiting: Sequence[tuple[str, list[Any]]],
     screen: console.Screen,
+    finished: int,
 ) -> Iterator[tuple[str, Any]]:
-    import torch
-
     from itune import decoding, models
 
     if not waiting:
@@ -378,12 +403,14 @@ def _answers(
     place = models.placement(named)
     model = models.load(named, place)
     models.take_threads(model, place)
-    torch.manual_seed(seed)
     # A chunk at a time, so that what is answered is written before the rest is begun.
-    for start in range(0, len(waiting), decoding.BATCH_ROWS):
-        chunk = waiting[start : start + decoding.BATCH_ROWS]
+    for start in range(0, len(waiting), CHUNK):
+        chunk = waiting[start : start + CHUNK]
         ids = [encoder.prompt(messages) for _, messages in chunk]
-        made = decoding.generate(model, encoder, ids, wanted)
+        keys = range(finished + start, finished + start + len(chunk))
+        order = decoding.Order(seed, keys)
+        say = screen.say if start == 0 else None
+        made = decoding.generate(model, encoder, ids, wanted, order=order, say=say)
         yield from zip((prompt for prompt, _ in chunk), made, strict=True)
 
 

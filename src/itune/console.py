@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -55,13 +57,22 @@ SPACES = re.compile(r"(?m)^ +| +$| {2,}")
 SPELT = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0⟦⟧⟪⟫")
 
 
+class _Progress(Console):
+    """Standard error: a run goes on when nobody reads it any more, as after `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from here on."""
+        self.quiet = True
+        self.file = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
 class Screen:
     """The user's terminal: everything but results goes to standard error."""
 
     def __init__(self, *, quiet: bool = False, silent: bool = False) -> None:
         self.quiet = quiet or silent
         self.silent = silent
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.err = _Progress(stderr=True, highlight=False, soft_wrap=True)
         self.out = Console(highlight=False, soft_wrap=True)
         self._progress: _Bar | None = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,10 @@ class Found:
     rows: tuple[int, ...]
     pairs: tuple[Pair, ...]
 
-    def counts(self, source: int | None = None, limit: int | None = None) -> dict[str, int]:
-        """Held-out rows by kind: of all sources or one, of all its rows or the first `limit`."""
+    def counts(
+        self, source: int | None = None, among: Container[int] | None = None
+    ) -> dict[str, int]:
+        """Held-out rows by kind: of all sources or one, of all its rows or those `among` these."""
         return {
             kind: len(
                 {
@@ -66,7 +68,7 @@ class Found:
                     for pair in self.pairs
                     if pair.kind == kind
                     and source in (None, pair.eval.source)
-                    and (limit is None or pair.eval.row < limit)
+                    and (among is None or pair.eval.row in among)
                 }
             )
             for kind in ("exact", "ngram")
@@ -81,7 +83,7 @@ class _Side(samples.Opened):
 
     def place(self, row: int) -> Place:
         """Where a row of this source is."""
-        return Place(self.number, self.source.path, row)
+        return Place(self.number, self.source.path, self.number_of(row))
 
     def texts(self) -> Iterator[tuple[int, bytes, list[str]]]:
         """For each row its number, a digest of prompt and answer, and its passages."""

@@ -91,8 +91,8 @@ class Corpus:
     ids int32 [tokens]; supervised bool [tokens]; starts int64 [examples + 1]; and per example
     its source, its row in it, its wording and whether it was cut (int32 [examples] each). What
     has one value a token is mapped from files and never read as a whole: take `example(i)`.
-    `learnt` holds the targets an example where they are known. `plain`: for each source whether
-    its examples are running text.
+    `learnt` holds the targets an example where they are known. For each source, `plain` says
+    whether its examples are running text, `taken` what `sources.Rows.taken` is.
     """
 
     ids: Any
@@ -110,9 +110,15 @@ class Corpus:
     reports: tuple[Report, ...] = ()
     duplicated: int = 0
     plain: tuple[bool, ...] = ()
+    taken: tuple[np.ndarray | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def number(self, index: int) -> int:
+        """The number, from 0, that an example's row has in the whole of its source."""
+        taken, row = self.taken[int(self.source[index])], int(self.row[index])
+        return row if taken is None else int(taken[row])
 
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """One example's ids, int32, and for each whether it is learnt, bool; views, not copies."""
@@ -264,6 +270,7 @@ def corpus(
         reports=tuple(_report(part) for part in parts),
         duplicated=_repeats(keys) - sum(max(0, part.known["empty"] - 1) for part in parts),
         plain=tuple(part.reading.is_text for part in parts),
+        taken=tuple(part.rows.taken for part in parts),
     )
 
 
@@ -299,8 +306,16 @@ def _report(part: preparing.Part) -> Report:
             guarded=known["guarded"],
         ),
         rows=cache.fingerprint(part.rows.identity)[:32],
-        notes=part.rows.notes,
+        notes=(*part.rows.notes, *_turned(known)),
     )
+
+
+def _turned(known: dict[str, Any]) -> Iterator[str]:
+    if known["turned"]:
+        yield (
+            f"{known['turned_at']} shows text in another order than the model reads it; "
+            f"{known['turned']:,} such row{'s' * (known['turned'] > 1)}. Look at what it hides."
+        )
 
 
 def _refuse_loss(

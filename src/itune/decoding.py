@@ -1,4 +1,4 @@
-"""Answers from a model, generated in batches.
+"""Answers from a model: by itune's own loop where that is exact, else by `transformers.generate`.
 
 Needs torch.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,27 @@ from typing import Any
 import torch
 import transformers
 
-from itune import encoding, errors, families
+from itune import adapters, encoding, errors, families, picking, slots, stepping
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 MAX_NEW_TOKENS = 128
-BATCH_TOKENS = 16384  # chosen: keeps the cache of a batch small beside a small model's weights
-BATCH_ROWS = 64
+BATCH_TOKENS = 16384  # chosen: of the library's loop, which sets all of them aside at once
+
+Done = Callable[[int, "Completion"], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer: its text, how many tokens it took, and why it ended (`stop` or `length`)."""
+    """One answer: its text, how many tokens it took, and why it ended (`stop` or `length`).
+
+    ids: its tokens, with the one that ended it.
+    """
 
     text: str
     tokens: int
     stop: str
+    ids: tuple[int, ...] = ()
 
 
 def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
@@ -66,70 +73,183 @@ def refuse_masked(encoder: encoding.Encoder, name: str) -> None:
         )
 
 
-def _by_length(prompts: Sequence[Sequence[int]], extra: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches of like length, the longest first."""
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    batch: list[int] = []
-    for i in order:
-        width = len(prompts[(batch or [i])[0]]) + extra
-        if batch and ((len(batch) + 1) * width > BATCH_TOKENS or len(batch) == BATCH_ROWS):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+# --- answers --------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How prompts are gone through.
+
+    seed, keys: where answers are drawn, each from numbers of its own: of the seed and its key, its
+    place where there are no keys. window: so many prompts are sorted by length at a time; all,
+    where it is None. told(place, token): hears of each token as it comes.
+    """
+
+    seed: int = 0
+    keys: Sequence[int] | None = None
+    window: int | None = None
+    told: stepping.Told | None = None
+
+
 def generate(
     model: Any,
     encoder: encoding.Encoder,
     prompts: Sequence[Sequence[int]],
     wanted: Any,
-    done: Callable[[int, Completion], None] | None = None,
+    done: Done | None = None,
+    *,
+    order: Order | None = None,
+    say: Say | None = None,
 ) -> list[Completion]:
     """The completion of each prompt, in their order.
 
     `wanted`: a GenerationConfig from `settings`. `done(index, completion)` is told of each one
-    as soon as it is there. Raises DataError for a prompt that leaves no room to answer.
+    as soon as it is there, the longest prompts first. An adapter on the model is folded in
+    meanwhile. `say` hears why the library's own loop was taken, where it was.
+    Raises DataError for a prompt that leaves no room to answer.
     """
-    model.eval()
     for prompt in prompts:
         _room_left(model, prompt)
     out: dict[int, Completion] = {}
-    apart = encoder.family == families.SEQ2SEQ  # the answer is a text of its own
-    pad = encoder.tokenizer.pad_token_id
-    stops = set(wanted.eos_token_id)
-    for rows in _by_length(prompts, wanted.max_new_tokens):
-        width = max(len(prompts[i]) for i in rows)
-        ids = torch.full((len(rows), width), pad)
-        mask = torch.zeros_like(ids)
-        for k, i in enumerate(rows):
-            begin = 0 if apart else width - len(prompts[i])
-            ids[k, begin : begin + len(prompts[i])] = torch.tensor(prompts[i])
-            mask[k, begin : begin + len(prompts[i])] = 1
-        # What the model's positions have no room for is not asked for; `stop` then says `length`.
-        within = copy.copy(wanted)
-        within.max_new_tokens = min(wanted.max_new_tokens, context(model) - (1 if apart else width))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            made = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=within,
+
+    def note(place: int, completion: Completion) -> None:
+        out[place] = completion
+        if done is not None:
+            done(place, completion)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), adapters.folded_in(model) as plain:
+            job = _Job(plain, encoder, prompts, wanted, order or Order(), note)
+            why = job.library
+            if why and say is not None:
+                say(f"decoding by transformers' own loop: {why}")
+            (job.by_library if why else job.by_steps)()
+    finally:
+        model.train(was_training)
+    return [out[place] for place in range(len(prompts))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Prompts to be answered, by one of two ways."""
+
+    model: Any
+    encoder: encoding.Encoder
+    prompts: Sequence[Sequence[int]]
+    wanted: Any
+    order: Order
+    note: Done
+
+    # --- our own loop ---
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The settings as `transformers.generate` would resolve them."""
+        return picking.resolved(self.model, self.wanted)
+
+    @property
+    def library(self) -> str:
+        """Why our own loop would not do; nothing where it does."""
+        if not self.prompts:
+            return ""
+        refused = picking.refused(self.fields)
+        if refused:
+            return f"it knows what generation.{refused} asks for"
+        return unslotted(self.model, self.prompts[0])
+
+    def by_steps(self) -> None:
+        """Rows in slots: those that end give way to those that wait."""
+        seed, window = self.order.seed, self.order.window or len(self.prompts) or 1
+        keys = self.order.keys or range(len(self.prompts))
+        most = self.wanted.max_new_tokens
+        rows = [
+            stepping.Row(
+                place,
+                list(prompt),
+                len(prompt),
+                min(most, context(self.model) - len(prompt)),
+                picking.draws(seed, keys[place]),
             )
-        for i, new in zip(rows, made[:, 1 if apart else width :].tolist(), strict=True):
+            for place, prompt in enumerate(self.prompts)
+        ]
+        rows.sort(key=lambda row: (row.place // window, -row.begin, row.place))
+
+        def ended(place: int, ids: list[int], stopped: bool) -> None:
+            self._note(place, ids[:-1] if stopped else ids, ids)
+
+        told = self.order.told or (lambda place, token: None)
+        prefix = list(self.prompts[0][: stepping.shared(self.prompts)]) if rows else []
+        if rows:
+            stepping.Stepper(self.model, self.fields, told, ended).run(rows, prefix)
+
+    # --- the library's ---
+
+    def by_library(self) -> None:
+        """Batches of like length; one prompt at a time where answers are drawn."""
+        for rows in self._batches():
+            self._by_library(rows)
+
+    def _batches(self) -> Iterator[list[int]]:
+        lengths = [len(prompt) for prompt in self.prompts]
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        alone = self.fields["do_sample"] or self.wanted.prompt_lookup_num_tokens
+        while order:
+            width = lengths[order[0]] + self.wanted.max_new_tokens
+            size = max(1, min(stepping.BATCH_ROWS, BATCH_TOKENS // width))
+            size = 1 if alone else size
+            yield order[:size]
+            order = order[size:]
+
+    def _by_library(self, rows: list[int]) -> None:
+        width = max(len(self.prompts[i]) for i in rows)
+        ids = torch.full((len(rows), width), self.encoder.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        apart = self.encoder.family == families.SEQ2SEQ  # the answer is a text of its own
+        for k, i in enumerate(rows):
+            begin = 0 if apart else width - len(self.prompts[i])
+            ids[k, begin : begin + len(self.prompts[i])] = torch.tensor(self.prompts[i])
+            mask[k, begin : begin + len(self.prompts[i])] = 1
+        # What the model's positions have no room for is not asked for; `stop` then says `length`.
+        within = copy.copy(self.wanted)
+        begun = 1 if apart else width
+        within.max_new_tokens = min(within.max_new_tokens, context(self.model) - begun)
+        device = self.model.device
+        keys = self.order.keys or range(len(self.prompts))
+        drawn = picking.draws(self.order.seed, keys[rows[0]])
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore", UserWarning)
+            torch.manual_seed(int(drawn.integers(1 << 62)))
+            made = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=within,
+                tokenizer=self.encoder.tokenizer,
+            )
+        stops = set(self.wanted.eos_token_id)
+        for i, new in zip(rows, made[:, begun:].tolist(), strict=True):
             end = next((k for k, id_ in enumerate(new) if id_ in stops), None)
             kept = new if end is None else new[:end]
-            completion = Completion(
-                encoder.decode(kept),
-                len(kept) + (end is not None),
-                "length" if end is None else "stop",
-            )
-            out[i] = completion
-            if done is not None:
-                done(i, completion)
-    return [out[i] for i in range(len(prompts))]
+            if self.order.told is not None:
+                for token in kept:
+                    self.order.told(i, token)
+            self._note(i, kept, new if end is None else new[: end + 1])
+
+    def _note(self, place: int, kept: list[int], ids: list[int]) -> None:
+        stop = "length" if len(kept) == len(ids) else "stop"
+        text = self.encoder.decode(kept)
+        self.note(place, Completion(text, len(ids), stop, tuple(ids)))
+
+
+_unslotted: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def unslotted(model: Any, ids: Sequence[int]) -> str:
+    """Why our own loop does not go with a model; nothing where a trial agrees. Asked once each."""
+    if model not in _unslotted:
+        _unslotted[model] = slots.refused(model) or slots.disagrees(model, list(ids))
+    return _unslotted[model]
 
 
 def _room_left(model: Any, prompt: Sequence[int]) -> int:

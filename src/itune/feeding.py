@@ -43,6 +43,9 @@ class Feed:
         self.plan, self.corpus, self.collate = plan, corpus, collate
         self.rank, self.start, self.device = rank, start, device
         self.waited = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
         self._ready: queue.Queue[Any] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="itune-feed", daemon=True)
@@ -52,6 +55,16 @@ class Feed:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def restart(self, plan: plans.Plan, start: int) -> None:
+        """Begin again at a step, by another plan: what was made ahead is dropped."""
+        self._close()
+        self.plan, self.start = plan, start
+        self._reset()
+        self._thread.start()
+
+    def _close(self) -> None:
         self._closed.set()
         while self._thread.is_alive():  # a thread that waits for room gets it
             with contextlib.suppress(queue.Empty):

@@ -47,6 +47,11 @@ def kind(path: str | Path) -> str | None:
     return suffix if suffix in BUILDERS else None
 
 
+def is_tar(path: str | Path) -> bool:
+    """Whether a name is that of a tar archive, packed or not."""
+    return re.search(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", str(path).lower()) is not None
+
+
 # --- unpacking ----------------------------------------------------------------------------
 
 

@@ -6,7 +6,9 @@ Needs torch.
 from __future__ import annotations
 
 import datetime
+import resource
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,18 @@ from typing import Any
 
 import torch
 
-from itune import adapters, decoding, encoding, families, models, recipes, runs, storage, training
+from itune import (
+    adapters,
+    decoding,
+    encoding,
+    families,
+    models,
+    recipes,
+    reports,
+    runs,
+    storage,
+    training,
+)
 
 Say = Callable[[str], None]
 NO_CACHE: dict[str, Any] = {"use_cache": False}
@@ -71,7 +84,12 @@ def finish(
         storage.DISK.remove(run.model_dir)
     storage.DISK.rename(staged, run.model_dir)
     now = datetime.datetime.now(datetime.timezone.utc)
-    run.update(state="finished", finished=now.isoformat("T", "microseconds"), **asdict(outcome))
+    run.update(
+        state="finished",
+        finished=now.isoformat("T", "microseconds"),
+        memory=_memory(),
+        **asdict(outcome),
+    )
     heldout = "" if outcome.heldout_loss is None else f", held-out loss {outcome.heldout_loss:.4f}"
     say(
         f"done: {outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s "
@@ -80,7 +98,17 @@ def finish(
     say(f"loss {outcome.loss:.4f} over the last twentieth{heldout}")
     if recipe.output.merge and recipe.adapter is not None:
         merge(run, say)
-    say(f"the model is in {run.model_dir}")
+    say(f"the model is in {run.model_dir}, a report in {reports.write(run)}")
+
+
+def _memory() -> dict[str, int]:
+    """The most that this process held at any time, in bytes: of the machine and of its device."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {
+        "process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "device": device,
+    }
 
 
 def merge(run: runs.Run, say: Say) -> None:

@@ -42,7 +42,14 @@ def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
         project_dir=str(recipe.output.dir) if trackers else None,
     )
     if trackers:
-        made.init_trackers(recipe.tracking.project_name)
+        try:
+            made.init_trackers(recipe.tracking.project_name)
+        except Exception as error:  # each tracker has faults of its own kind
+            said = errors.shown(" ".join(str(error).split()) or type(error).__name__)
+            raise errors.EnvironmentRefusal(
+                f"tracking.log_with: {', '.join(trackers)} cannot be started: {said}. Mend that, "
+                "or leave it out."
+            ) from error
     return made
 
 
@@ -66,8 +73,13 @@ def _check_trackers(names: list[str]) -> None:
 
 
 @torch.no_grad()
-def measure(job: Job, corpus: data.Corpus, accelerator: Accelerator) -> float:
-    """Mean loss in nats over a corpus's targets, the same on every rank."""
+def measure(
+    job: Job, corpus: data.Corpus, accelerator: Accelerator, *, most: int | None = None
+) -> float:
+    """Mean loss in nats over a corpus's targets, the same on every rank.
+
+    `most`: take so many micro-batches a rank, those of the longest rows; the mean is theirs.
+    """
     model = job.model
     was_training = model.training
     model.eval()
@@ -75,6 +87,8 @@ def measure(job: Job, corpus: data.Corpus, accelerator: Accelerator) -> float:
     order = np.argsort(-lengths, kind="stable")
     limit = job.plan.micro_batch_tokens
     pieces = batches.micro_batches(order, lengths, limit, padded=job.path.padded)
+    if most is not None:
+        pieces = pieces[: most * accelerator.num_processes]
     total = torch.zeros((), dtype=torch.float64)
     for rows in pieces[accelerator.process_index :: accelerator.num_processes]:
         batch = job.collate(corpus, rows).to(accelerator.device)
@@ -83,4 +97,4 @@ def measure(job: Job, corpus: data.Corpus, accelerator: Accelerator) -> float:
         total += loss.double().cpu()
     model.train(was_training)
     summed = accelerator.reduce(total.to(accelerator.device, torch.float64), "sum")
-    return float(summed) / max(1, int(corpus.targets.sum()))
+    return float(summed) / max(1, int(corpus.targets[np.concatenate(pieces)].sum()))

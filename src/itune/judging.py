@@ -7,7 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import contamination, errors, predictions, recipes, results, runs, scoring, storage
+from itune import (
+    contamination,
+    errors,
+    predictions,
+    recipes,
+    reports,
+    results,
+    runs,
+    scoring,
+    storage,
+    templates,
+)
 from itune import metrics as metric_names
 from itune.answering import Answerer, Asked, Say, free
 from itune.cases import is_text
@@ -20,6 +31,12 @@ DEFAULT_METRICS = {
     "generation": ("rougeL",),
     "chat": ("rougeL",),
 }
+
+
+def metrics_of(template: templates.Template, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The metrics of a template's answers: those that are wanted, else its own, else its task's."""
+    return tuple(wanted or template.metrics or DEFAULT_METRICS[template.task])
+
 
 # --- a file of predictions ------------------------------------------------------------------
 
@@ -82,7 +99,7 @@ def of_model(
     ours = Answerer(recipe, location or "", asked, say)
     ways = {
         task.name: results.Way(
-            metrics or task.template.metrics or DEFAULT_METRICS[task.template.task],
+            metrics_of(task.template, metrics),
             recipe.evaluation,
             task.template.choices,
             task.template.prompts[: asked.wordings],
@@ -112,12 +129,14 @@ def of_model(
             name, path, sums, rival, results.Way((), recipe.evaluation)
         )
     found = None if run is None else contamination.of_scoring(recipe, run, say)
-    _name_contamination(tasks, recipe, found, asked.limit)
+    _name_contamination(tasks, recipe, found, ours)
     rate = round(ours.tokens / ours.seconds, 1) if ours.tokens else None
     result = _result(run, started, rate, tasks)
     if folder is not None:
         _keep(folder, ours, made, rival, result)
         say(f"scores and predictions: {folder}")
+    if run is not None and folder is not None and folder.parent == run.dir / "evals":
+        say(f"report: {reports.write(run)}")
     return result
 
 
@@ -134,14 +153,16 @@ def _name_contamination(
     tasks: Mapping[str, dict[str, Any]],
     recipe: recipes.Recipe,
     found: contamination.Found | None,
-    limit: int | None,
+    ours: Answerer,
 ) -> None:
     """Put beside each score how many of its rows are in the training data; None = not known."""
+    asked = {task.name: {case.row for case in task.cases} for task in ours.tasks}
     left = list(enumerate(recipe.data.eval))
-    for task in tasks.values():
+    for name, task in tasks.items():
         place = next(each for each in left if each[1].path == task["data"])
         left.remove(place)
-        task["contamination"] = None if found is None else found.counts(place[0], limit)
+        among = asked.get(name) or ours.numbers(place[1])
+        task["contamination"] = None if found is None else found.counts(place[0], among)
 
 
 def _answered(

@@ -132,9 +132,21 @@ def tell(message: str) -> None:
     sys.stderr.write(message if is_main() else f"process {os.environ['RANK']}: {message}")
 
 
+def warn(message: str) -> None:
+    """Tell the user of something that is no error, whatever else is shown."""
+    if is_main():
+        sys.stderr.write(f"warning: {errors.inert(message)}\n")
+
+
 def end_with_launcher() -> None:
     """Have this process ended by the system when the process that started it is gone (Linux)."""
-    if os.environ.get(SUPERVISED) and "LOCAL_RANK" in os.environ and sys.platform == "linux":
+    if os.environ.get(SUPERVISED) and "LOCAL_RANK" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have this process ended by the system when its parent is gone, however that ended (Linux)."""
+    if sys.platform == "linux":
         import ctypes
 
         asked_of_the_kernel = 1  # PR_SET_PDEATHSIG of prctl(2)

@@ -5,6 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, data, encoding, errors, families, recipes
+from itune import adapters, data, encoding, errors, families, recipes, weights
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 
@@ -24,6 +25,8 @@ CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked": "AutoModelForMaskedLM",
 }
+# Nothing pickled; no code of a model's own, and no question about it.
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SMALL_MODEL = (
@@ -97,7 +100,10 @@ def config_of(wanted: recipes.Model) -> Any:
     if adapter is not None:
         location, revision = adapter["base_model_name_or_path"], adapter.get("revision")
     return from_library(
-        name, lambda: transformers.AutoConfig.from_pretrained(location, revision=revision)
+        name,
+        lambda: transformers.AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=False
+        ),
     )
 
 
@@ -142,6 +148,7 @@ def resolve(name: str) -> str:
             raise errors.ModelError(
                 f"{name}: this run has no model yet, it is not finished. Run it again to finish it."
             )
+        weights.check(str(path / "model"))
         return str(path / "model")
     if path.is_dir():
         if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
@@ -149,6 +156,7 @@ def resolve(name: str) -> str:
                 f"{name}: a folder without config.json or adapter_config.json, so no model. "
                 "Name the folder that holds the model's files."
             )
+        weights.check(str(path))
         return str(path)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
@@ -163,7 +171,12 @@ def from_library(name: str, call: Any) -> Any:
     """`call()`, with what the library raises for a missing or broken model put in our words."""
     try:
         return call()
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # tokenizers raises Exception itself, peft and torch RuntimeErrors for other shapes.
+        if not isinstance(error, OSError | ValueError | ImportError | RuntimeError | KeyError) and (
+            type(error) is not Exception
+        ):
+            raise
         text = " ".join(str(error).split())
         if "offline" in text.lower() or "connect" in text.lower():
             raise errors.EnvironmentRefusal(
@@ -197,7 +210,10 @@ def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CA
     alone = (Path(name) / "tokenizer.json").is_file()
     location = name if alone else resolve(name)
     loaded = from_library(
-        name, lambda: transformers.AutoTokenizer.from_pretrained(location, revision=revision)
+        name,
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            location, revision=revision, trust_remote_code=False
+        ),
     )
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise errors.ModelError(
@@ -240,7 +256,9 @@ def load(
         return _merged_base(name, location, wanted, place)
     config = from_library(
         name,
-        lambda: transformers.AutoConfig.from_pretrained(location, revision=wanted.revision),
+        lambda: transformers.AutoConfig.from_pretrained(
+            location, revision=wanted.revision, trust_remote_code=False
+        ),
     )
     kind = families.chosen(wanted.family, config)
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
@@ -251,7 +269,10 @@ def load(
         options["device_map"] = {"": place.device}
     auto = getattr(transformers, CLASSES[kind])
     model = from_library(
-        name, lambda: auto.from_pretrained(location, use_safetensors=True, **options)
+        name,
+        lambda: weights.loaded(
+            name, functools.partial(auto.from_pretrained, location, **SAFE, **options)
+        ),
     )
     if quantization is None:
         return model.to(place.device)
@@ -286,6 +307,8 @@ def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -
     """A saved adapter on its base, not quantised."""
     import peft
 
+    base = str((adapter_of(location) or {}).get("base_model_name_or_path") or name)
+    weights.check(base)
     kind = family_of(wanted)
     autos = {
         families.CAUSAL: peft.AutoPeftModelForCausalLM,
@@ -293,16 +316,16 @@ def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -
     }
     if kind in autos:
         return from_library(
-            name, lambda: autos[kind].from_pretrained(location, dtype=place.dtype)
+            name, lambda: autos[kind].from_pretrained(location, dtype=place.dtype, **SAFE)
         ).to(place.device)
     settings = adapter_of(location) or {}
-    base = wanted.model_copy(
+    below = wanted.model_copy(
         update={
             "name": settings["base_model_name_or_path"],
             "revision": settings.get("revision"),
         }
     )
-    return from_library(name, lambda: peft.PeftModel.from_pretrained(load(base, place), location))
+    return from_library(name, lambda: peft.PeftModel.from_pretrained(load(below, place), location))
 
 
 def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> Any:

@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +31,33 @@ def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
             relative_step=False,
         )
     return _adamw(named, settings, fused=settings.optim != "adamw_torch")
+
+
+def blank_state(model: Any, settings: recipes.Training) -> dict[str, Any]:
+    """The optimiser's state_dict as it is after a step, but all zeros; tensors on the CPU.
+
+    Found on tensors without memory, so the trained ones are not touched.
+    """
+    twins = [
+        (name, torch.nn.Parameter(torch.empty_like(p, device="meta")))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    if settings.optim == "adamw_torch_fused":  # has the same state, and no kernel for such tensors
+        settings = settings.model_copy(update={"optim": "adamw_torch"})
+    made = optimizer(SimpleNamespace(named_parameters=lambda: twins), settings)
+    for _, twin in twins:
+        twin.grad = torch.empty_like(twin)
+    made.step()
+    state: dict[str, Any] = made.state_dict()
+    state["state"] = {
+        number: {
+            name: torch.zeros_like(value, device="cpu") if torch.is_tensor(value) else value
+            for name, value in fields.items()
+        }
+        for number, fields in state["state"].items()
+    }
+    return state
 
 
 def _groups(named: list[tuple[str, Any]], settings: recipes.Training) -> list[dict[str, Any]]:

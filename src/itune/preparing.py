@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import itertools
 import mmap
 import sys
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import itune
-from itune import cache, cases, encoding, errors, fitting, formats, recipes, sources, templates
+from itune import (
+    cache,
+    cases,
+    collecting,
+    encoding,
+    errors,
+    fitting,
+    formats,
+    recipes,
+    sources,
+    spreading,
+    templates,
+)
+from itune.collecting import Encoded as Encoded
 
 BATCH = 1000
+TEXTS = 100  # rows of plain text may be whole books
+# chosen: from here on several processes are worth the time that it takes to start them.
+LARGE = 8 << 20
+LARGE_STREAM = 1_000_000
 # chosen: so many batches of rows are a few megabytes of what stays mapped.
 RELEASED = 10
 # Linux's number for "these pages are not needed soon"; their content stays what it is.
 MADV_PAGEOUT = 21
+_read_so_far = itertools.count()  # batches, in this process
 Numbered = tuple[int, Mapping[str, Any]]  # a row and its number, from 0
-# What of an example is kept beside its tokens, each a file of int32.
-COLUMNS = ("length", "targets", "row", "wording", "truncated")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One example as training has it: its row and wording, both from 0, and its tokens."""
-
-    row: int
-    wording: int
-    truncated: bool
-    tokens: encoding.Tokens
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ def prepared(
 DECIDING = (
     "cases",
     "chats",
+    "collecting",
     "encoding",
     "families",
     "files",
@@ -170,39 +177,59 @@ class Job:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Fill a folder; returns what is known of it, as plain data."""
-        with _Writer(folder) as out:
-            for batch in self._batches():
-                self._encode(out, batch)
-                if self.budget and out.tally.tokens >= self.budget * self.reading.wordings:
+        made = spreading.in_order(self._made, self._pieces(), self._workers())
+        with collecting.Writer(folder) as out, contextlib.closing(made):
+            for batch in made:
+                out.add(batch)
+                read = out.whole.tally.tokens
+                if self.budget and read >= self.budget * self.reading.wordings:
                     break
             return out.known()
 
+    def _workers(self) -> int:
+        source, data = self.rows.source, self.rows.data
+        if source.streaming:
+            large = self.budget is None or self.budget >= LARGE_STREAM
+        else:
+            large = data.data.nbytes >= LARGE
+        return spreading.workers(source.num_proc, large=large)
+
     def examples(self, numbered: Sequence[Numbered]) -> list[Encoded]:
         """What training makes of a few rows; one that is dropped gives none."""
-        out = _Few()
+        out = collecting.Few()
         self._encode(out, numbered)
         return out.kept
 
-    def _batches(self) -> Iterator[list[Numbered]]:
-        rows = self.rows.data
+    def _pieces(self) -> Iterator[range | list[Numbered]]:
+        """Which rows are encoded together: by their numbers, those of a stream themselves."""
+        size = TEXTS if self.reading.is_text else BATCH
         if self.rows.source.streaming:
-            waiting = iter(enumerate(rows))
-            while batch := list(itertools.islice(waiting, BATCH)):
+            waiting = iter(enumerate(self.rows.data))
+            while batch := list(itertools.islice(waiting, size)):
                 yield batch
             return
-        for start in range(0, len(rows), BATCH):
-            if start % (RELEASED * BATCH) == 0:
-                release(rows)
-            columns = rows[start : start + BATCH]
-            values = zip(*columns.values(), strict=True)
-            yield [
-                (k, dict(zip(columns, each, strict=True))) for k, each in enumerate(values, start)
-            ]
+        for start in range(0, len(self.rows.data), size):
+            yield range(start, min(start + size, len(self.rows.data)))
 
-    def _encode(self, out: _Out, batch: Sequence[Numbered]) -> None:
+    def _made(self, piece: range | list[Numbered]) -> collecting.Batch:
+        out = collecting.Batch()
+        self._encode(out, self._read(piece) if isinstance(piece, range) else piece)
+        return out
+
+    def _read(self, numbers: range) -> list[Numbered]:
+        if next(_read_so_far) % RELEASED == 0:
+            release(self.rows.data)
+        columns = self.rows.data[numbers.start : numbers.stop]
+        values = zip(*columns.values(), strict=True)
+        return [
+            (k, dict(zip(columns, each, strict=True)))
+            for k, each in zip(numbers, values, strict=True)
+        ]
+
+    def _encode(self, out: collecting.Out, batch: Sequence[Numbered]) -> None:
         (self._documents if self.reading.is_text else self._conversations)(out, batch)
 
-    def _documents(self, out: _Out, batch: Sequence[Numbered]) -> None:
+    def _documents(self, out: collecting.Out, batch: Sequence[Numbered]) -> None:
         longest = self.training.max_length
         for index, row in batch:
             text = row.get("text")
@@ -212,11 +239,12 @@ class Job:
                 continue
             text = cases.placed(self.rows, self.reading, index, row, 0).text or ""
             out.row(text)
+            self._note(out, index, text)
             for piece in self.encoder.pieces(text, longest):
                 out.keep(piece, index, 0, False)
             out.tally.kept += 1
 
-    def _conversations(self, out: _Out, batch: Sequence[Numbered]) -> None:
+    def _conversations(self, out: collecting.Out, batch: Sequence[Numbered]) -> None:
         jobs = [
             (index, row, wording, cases.placed(self.rows, self.reading, index, row, wording))
             for index, row in batch
@@ -229,11 +257,13 @@ class Job:
         ):
             self._keep_row(out, list(wordings), train_on)
 
-    def _keep_row(self, out: _Out, wordings: list[Any], train_on: str) -> None:
+    def _keep_row(self, out: collecting.Out, wordings: list[Any], train_on: str) -> None:
         """One row in each of its wordings, cut where it is too long, left out where it must be."""
         limit, kept, too_long = self.training.max_length, False, False
         first = wordings[0][0][3]
-        out.row("\x00".join(f"{m.role}\x00{m.content}" for m in first.messages))
+        text = "\x00".join(f"{m.role}\x00{m.content}" for m in first.messages)
+        out.row(text)
+        self._note(out, wordings[0][0][0], text)
         for (index, row, wording, example), tokens in wordings:
             out.full.append(len(tokens.ids))
             fitted: encoding.Tokens | None = tokens
@@ -247,6 +277,12 @@ class Job:
                 kept = True
         out.tally.kept += kept
         out.tally.too_long += too_long and not kept
+
+    def _note(self, out: collecting.Out, index: int, text: str) -> None:
+        """Count a row whose text shows in another order than the model reads it."""
+        if sign := cases.turned(text):
+            out.tally.turned += 1
+            out.tally.turned_at = out.tally.turned_at or f"{self.rows.place(index)}: {sign}"
 
     def _encoded(self, jobs: list[Any], train_on: str) -> list[encoding.Tokens]:
         try:
@@ -264,90 +300,3 @@ class Job:
         if self.visits is None or self.visits >= count:
             return list(range(count))
         return sorted({templates.wording_of(count, seed, n, row) for n in range(self.visits)})
-
-
-@dataclass
-class _Tally:
-    """What became of a source's rows."""
-
-    read: int = 0
-    kept: int = 0
-    tokens: int = 0
-    too_long: int = 0
-    empty: int = 0
-    highest: int = 0
-    guarded: int = 0
-
-
-class _Out:
-    """Where encoded examples go; what became of their rows, and how long each would be whole."""
-
-    def __init__(self) -> None:
-        self.tally = _Tally()
-        self.full = array("i")
-
-    def row(self, text: str) -> None:
-        """Count a row; `text` is what tells it from others."""
-        self.tally.read += 1
-
-    def keep(self, tokens: encoding.Tokens, row: int, wording: int, truncated: bool) -> None:
-        """Take an example."""
-        raise TypeError(f"{type(self).__name__} takes none")
-
-
-class _Few(_Out):
-    """A few examples, at hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[Encoded] = []
-
-    def keep(self, tokens: encoding.Tokens, row: int, wording: int, truncated: bool) -> None:
-        """Take an example."""
-        self.kept.append(Encoded(row, wording, truncated, tokens))
-
-
-class _Writer(_Out):
-    """The files of a part while they grow."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self.columns = {name: array("i") for name in COLUMNS}
-        self.keys = array("Q")
-        self.ids = (folder / "ids.bin").open("wb")
-        self.supervised = (folder / "supervised.bin").open("wb")
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ids.close()
-        self.supervised.close()
-
-    def row(self, text: str) -> None:
-        """Count a row; `text` is what tells it from others."""
-        super().row(text)
-        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        self.keys.append(int.from_bytes(digest, "little"))
-
-    def keep(self, tokens: encoding.Tokens, row: int, wording: int, truncated: bool) -> None:
-        """Write an example."""
-        self.ids.write(np.array(tokens.ids, np.int32).tobytes())
-        learnt = np.array(tokens.supervised, bool)
-        self.supervised.write(learnt.tobytes())
-        self.tally.tokens += len(learnt)
-        self.tally.guarded += tokens.guarded
-        self.tally.highest = max(self.tally.highest, *tokens.ids)
-        values = (len(learnt), int(learnt[1:].sum()), row, wording, int(truncated))
-        for column, value in zip(self.columns.values(), values, strict=True):
-            column.append(value)
-
-    def known(self) -> dict[str, Any]:
-        """Write the small columns; what is known of the whole."""
-        for name, column in (*self.columns.items(), ("keys", self.keys)):
-            (self.folder / f"{name}.bin").write_bytes(column.tobytes())
-        full = np.frombuffer(self.full, np.int32) if self.full else np.zeros(1, np.int32)
-        shares = (0.05, 0.5, 0.95, 1)
-        lengths = np.quantile(full, shares, method="higher").astype(int).tolist()
-        return {**asdict(self.tally), "lengths": lengths}

@@ -158,7 +158,7 @@ def show(
 
 
 def _title(k: int, of: int, source: firsts.Rows, example: data.Encoded) -> str:
-    parts = [f"example {k} of {of}", f"{source.source.path} row {example.row + 1}"]
+    parts = [f"example {k} of {of}", f"{_row(source, example)}"]
     if source.n_wordings > 1:
         parts.append(f"wording {example.wording + 1} of {source.n_wordings}")
     pieces = source.known[example.row]
@@ -172,13 +172,17 @@ def _title(k: int, of: int, source: firsts.Rows, example: data.Encoded) -> str:
     return ", ".join(parts)
 
 
+def _row(source: firsts.Rows, example: data.Encoded) -> str:
+    return f"{source.source.path} row {source.number_of(example.row) + 1}"
+
+
 def _plain(encoder: encoding.Encoder, source: firsts.Rows, example: data.Encoded) -> dict[str, Any]:
     return {
         "text": _decoded(encoder, example.tokens.ids),
         "ids": example.tokens.ids,
         "supervised": example.tokens.supervised,
         "source": source.source.path,
-        "row": example.row,
+        "row": source.number_of(example.row),
         "wording": example.wording,
     }
 

@@ -118,7 +118,9 @@ class Source(Record):
     weight: Annotated[Number, Field(gt=0)] = 1.0
     """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
-    """Take the first rows only, this many."""
+    """Take this many rows only, spread evenly over the source; of a stream the first."""
+    num_proc: Annotated[Whole, Field(ge=1)] | None = None
+    """Processes that render and tokenize (Linux); every core for large data when left out."""
     rename: dict[str, Text] = Field(default_factory=dict)
     """New names for columns, `old: new`, before the template sees them."""
     field: Text | None = None
@@ -411,6 +413,8 @@ def dump(recipe: Recipe) -> str:
 
 def decides(key: str) -> bool:
     """Whether a dotted key may change what comes out of a run."""
+    if key.startswith("data.") and key.endswith(".num_proc"):
+        return False
     return not any(key == each or key.startswith(f"{each}.") for each in UNDECIDING)
 
 

@@ -42,7 +42,7 @@ def of_batch(
             records.append(
                 {
                     "path": corpus.sources[source].path,
-                    "row": int(corpus.row[row]) + 1,
+                    "row": corpus.number(row) + 1,
                     "wording": int(corpus.wording[row]),
                     "loss": round(total / count, 6),
                     "tokens": count,

@@ -157,7 +157,8 @@ def opened(
 
 def _untried(run: Run) -> bool:
     """Whether a run took no step: nothing would be lost with it."""
-    tried = run.checkpoints.is_dir() or bool(run.log_lines())
+    published = any(run.checkpoints.glob("[!.]*"))
+    tried = published or bool(run.log_lines())
     return (run.dir / "run.json").is_file() and not tried and run.manifest["state"] != "finished"
 
 

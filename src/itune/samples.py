@@ -39,6 +39,10 @@ class Opened:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def number_of(self, index: int) -> int:
+        """The number, from 0, that a row has in the whole source."""
+        return self._opened.number(index)
+
     @property
     def mark(self) -> str:
         """Changes when the rows or how they are read do."""

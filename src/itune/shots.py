@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from itune import data, encoding, errors, formats, recipes, templates
+from itune import data, encoding, errors, formats, recipes, sources, templates
 from itune.metrics import words
 
 GRAM = 13  # words; what is as long in common is no coincidence (Brown et al. 2020, appendix C)
@@ -34,9 +34,11 @@ def add(
     Raises DataError where the training data has no rows for a task, or not enough.
     """
     out, short = [], 0
-    sources = [source for source in recipe.data.eval if not data.is_text(source)]
-    for task, source in zip(tasks, sources, strict=True):
-        pool, questions = _Pool(task, recipe), data.load(source)
+    asking = [source for source in recipe.data.eval if not data.is_text(source)]
+    for task, source in zip(tasks, asking, strict=True):
+        # A case names its row by the number that it has in the whole source.
+        whole = source.model_copy(update={"limit": None})
+        pool, questions = _Pool(task, recipe), data.load(whole)
         asked: list[list[tuple[formats.Message, ...]]] = []
         for case in task.cases:
             shots = pool.drawn(case, questions[case.row], count, recipe.training.seed)
@@ -70,15 +72,17 @@ class _Pool:
                 f"shots: no source of data.train has the template {task.template.name}, so there "
                 "are no rows to show. Add one, or leave out --shots."
             )
-        self.sources = [(source, data.load(source)) for source in fitting]
-        self.size = sum(len(rows) for _, rows in self.sources)
+        self.sources = [
+            sources.read(source.model_copy(update={"streaming": False})) for source in fitting
+        ]
+        self.size = sum(len(rows.data) for rows in self.sources)
 
     def row(self, index: int) -> tuple[str, Mapping[str, Any]]:
         """(place for messages, row) of one of all rows together."""
-        for source, rows in self.sources:
-            if index < len(rows):
-                return f"{source.path} row {index + 1}", rows[index]
-            index -= len(rows)
+        for rows in self.sources:
+            if index < len(rows.data):
+                return rows.place(index), rows.data[index]
+            index -= len(rows.data)
         raise IndexError(index)
 
     def drawn(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from itune import cache, errors, files, recipes
 from itune.files import one_line
@@ -26,6 +28,7 @@ class Rows:
     `data` is a `datasets.Dataset`, or an IterableDataset where the source is streamed. `identity`
     is plain data that differs whenever the rows do. `commit` is that of a hub data set. `notes`
     are for the user. `lines` are JSONL files in which row i is the i-th line that is not blank.
+    `taken` are the numbers that the rows have in the whole source where a limit left some out.
     """
 
     source: recipes.Source
@@ -34,6 +37,11 @@ class Rows:
     commit: str | None = None
     notes: tuple[str, ...] = ()
     lines: tuple[tuple[str, Path], ...] = ()
+    taken: np.ndarray | None = None
+
+    def number(self, index: int) -> int:
+        """The number, from 0, that a row of `data` has in the whole source."""
+        return index if self.taken is None else int(self.taken[index])
 
     @property
     def columns(self) -> list[str]:
@@ -43,9 +51,10 @@ class Rows:
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages: its file and line where they are known."""
-        found = files.line_of([path for _, path in self.lines], index) if self.lines else None
+        number = self.number(index)
+        found = files.line_of([path for _, path in self.lines], number) if self.lines else None
         if found is None:
-            return f"{self.source.path} row {index + 1}"
+            return f"{self.source.path} row {number + 1}"
         return f"{self.lines[found[0]][0]}:{found[1]}"
 
 
@@ -222,6 +231,12 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         options["sep"] = found
         notes = (*notes, f"{source.path}: its columns are separated by {found!r}")
     rows = _built(source, builder, split, {**where, **options})
+    for path, name, digest in zip(paths, names, content, strict=False):
+        if cache.digest(path) != digest:
+            raise errors.DataError(
+                f"{name}: changed while it was read (sha256 {digest[:12]} before, "
+                f"{cache.digest(path)[:12]} now). Let whoever writes it finish, then run again."
+            )
     plain = suffix == ".jsonl" and not notes and "[" not in split
     return Rows(
         source,
@@ -241,6 +256,10 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
             "kind with a pattern such as *.jsonl, or make two sources."
         )
     (suffix,) = kinds
+    if files.is_tar(names[0]):
+        raise errors.DataError(
+            f"{names[0]}: a tar archive, which is not read. Unpack it and name the folder."
+        )
     if suffix not in files.BUILDERS:
         raise errors.DataError(
             f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"
@@ -335,14 +354,21 @@ def _shaped(rows: Rows) -> Rows:
         )
     if source.rename:
         data = data.rename_columns(dict(source.rename))
-    if source.streaming:
-        data = data if source.limit is None else data.take(source.limit)
-        if not columns:
-            raise errors.DataError(f"{source.path}: 0 rows in split {source.split!r}.")
-    else:
-        if source.limit is not None:
-            data = data.select(range(min(source.limit, len(data))))
-        if not len(data):
-            raise errors.DataError(f"{source.path}: 0 rows in split {source.split!r}.")
+    if not columns or not (source.streaming or len(data)):
+        raise errors.DataError(f"{source.path}: 0 rows in split {source.split!r}.")
+    kept = None
+    if source.limit is not None and source.streaming:
+        data = data.take(source.limit)
+    elif source.limit is not None and source.limit < len(data):
+        kept = spread(len(data), source.limit)
+        data = data.select(kept)
     identity = [rows.identity, sorted(source.rename.items()), source.limit]
-    return Rows(source, data, identity, rows.commit, rows.notes, rows.lines)
+    return replace(rows, data=data, identity=identity, taken=kept)
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """So many of `count` row numbers, ascending, as far apart as they can be.
+
+    Files are often sorted, by their label above all: their first rows say little of the whole.
+    """
+    return np.arange(limit, dtype=np.int64) * count // limit

@@ -11,6 +11,7 @@ from typing import Any
 
 from itune import (
     batches,
+    charts,
     contamination,
     data,
     encoding,
@@ -148,13 +149,18 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
 
 
 def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any]:
-    """For run.json: the counts of an epoch, each source's own, and what share of it it is."""
+    """For run.json: the counts of an epoch, each source's own, what share of it it is, lengths."""
     seed = recipe.training.seed
+    lengths = charts.binned([corpus.lengths.tolist()], 1)
     sources = [
         {**asdict(report), "an_epoch": share}
         for report, share in zip(corpus.reports, corpus.shares(seed), strict=True)
     ]
-    return {**asdict(corpus.an_epoch(seed)), "sources": sources}
+    return {
+        **asdict(corpus.an_epoch(seed)),
+        "sources": sources,
+        "lengths": None if lengths is None else asdict(lengths),
+    }
 
 
 def mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:

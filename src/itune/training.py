@@ -22,14 +22,17 @@ from itune import (
     checkpoints,
     errors,
     feeding,
+    gradients,
     jobs,
     losses,
+    memory,
     optimizers,
     plans,
     recipes,
     rowlosses,
     runs,
     signals,
+    storage,
     timing,
 )
 
@@ -82,6 +85,7 @@ class _Progress:
     waited: float = 0.0
     bad_steps: int = 0
     heldout_loss: float | None = None
+    micro_batch_tokens: int = 0  # other than 0: what the memory held less than the plan has
 
 
 def fit(
@@ -159,6 +163,7 @@ class _Loop:
             self.scheduler.load_state_dict(state.scheduler)
             checkpoints.set_random_state(state.rng[self.accelerator.process_index])
             self.at = _Progress(**state.meta)
+            self._take_smaller(self.at.micro_batch_tokens)
         else:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
         if self.accelerator.is_main_process:
@@ -182,6 +187,7 @@ class _Loop:
                 rng=rng,
                 meta=vars(self.at).copy(),
             )
+            storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
             checkpoints.save(
                 self.run.checkpoints,
                 state,
@@ -251,7 +257,7 @@ class _Loop:
 
     def _step(self, step: plans.Step) -> dict[str, Any]:
         rate = float(self.scheduler.get_last_lr()[-1])
-        summed = self._gradients(step)
+        step, summed = self._fitted(step)
         with self.clock.phase("optimizer"):
             loss, norm = self._apply(summed, step)
         with warnings.catch_warnings():
@@ -272,30 +278,87 @@ class _Loop:
             "supervised_tokens": self.at.supervised_tokens,
         }
 
+    def _fitted(self, step: plans.Step) -> tuple[plans.Step, torch.Tensor]:
+        """The step's gradient, in micro-batches that the memory of every process holds.
+
+        Where one does not fit, all begin the step again with smaller ones and the same random
+        numbers: its rows and its result are the same but for the order of sums. Returns the step
+        as it was cut, and this rank's summed loss. Raises EnvironmentRefusal when one row alone
+        does not fit.
+        """
+        drawn, planned = memory.Drawn(), self.job.plan.micro_batch_tokens
+        while True:
+            wanted, why = planned, ""
+            try:
+                summed = self._gradients(step)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.is_short(error):
+                    raise
+                wanted, why = self._half(), memory.told(error)
+            # Only here, when the failed attempt and what it held are let go of.
+            limit = gradients.least(wanted, self.accelerator)
+            if limit == planned:
+                gradients.add_up(self.parameters, self.accelerator)
+                return step, summed
+            self.optimizer.zero_grad()
+            self.records = []
+            memory.free()
+            if limit == 0:
+                self._refuse_row(why if wanted == 0 else "")
+            drawn.restore()
+            self.watcher.say(
+                f"step {self.at.step + 1}: a micro-batch of {planned:,} tokens does not fit the "
+                f"memory: {limit:,} from here on, of the same rows a step."
+            )
+            self._take_smaller(limit)
+            self.feed.restart(self.job.plan, self.at.step)
+            step, planned = self.feed.step(), limit
+
+    def _half(self) -> int:
+        """Half of what the micro-batch at hand costs, in tokens; 0 when it is one row."""
+        lengths = self.job.corpus.lengths[self.rows]
+        if len(lengths) == 1:
+            return 0
+        cost = int(lengths.max()) * len(lengths) if self.job.plan.padded else int(lengths.sum())
+        return max(1, min(cost, self.job.plan.micro_batch_tokens) // 2)
+
+    def _take_smaller(self, limit: int) -> None:
+        if limit:
+            self.at.micro_batch_tokens = limit
+            self.job = replace(self.job, plan=replace(self.job.plan, micro_batch_tokens=limit))
+
+    def _refuse_row(self, why: str) -> None:
+        """Raise for the row that does not fit alone, the same on every rank."""
+        said = []
+        if why:
+            row, corpus = int(self.rows[0]), self.job.corpus
+            path = corpus.sources[int(corpus.source[row])].path
+            said = [
+                f"{path} row {int(corpus.row[row]) + 1}: its {int(corpus.lengths[row]):,} tokens "
+                f"alone do not fit the memory of {self.accelerator.device} ({why}). Lower "
+                f"training.max_length ({self.settings.max_length}), set "
+                "training.gradient_checkpointing, or train an adapter."
+            ]
+        raise errors.EnvironmentRefusal(gather_object(said)[0])
+
     def _gradients(self, step: plans.Step) -> torch.Tensor:
-        """Accumulate the step's gradient; returns this rank's summed loss, a scalar."""
+        """Accumulate this rank's part of the step's gradient; returns its summed loss, a scalar."""
         summed = torch.zeros((), device=self.accelerator.device)
-        # DistributedDataParallel averages over ranks: times their number gives the sum again.
-        scale = self.accelerator.num_processes / max(1, step.targets)
-        count = max(map(len, step.ranks))
-        mine = len(step.ranks[self.accelerator.process_index])
-        for number, (rows, batch) in enumerate(self.feed.batches(mine)):
+        count = len(step.ranks[self.accelerator.process_index])
+        for rows, batch in self.feed.batches(count):
+            self.rows = rows
             each: losses.Each | None = None if self.row_losses is None else []
-            summed += self._backward(batch, scale, last=number == count - 1, each=each)
+            summed += self._backward(batch, 1 / max(1, step.targets), each)
             if each is not None:
                 self.records += rowlosses.of_batch(self.job.corpus, rows, batch, each)
-        for number in range(mine, count):  # fewer rows than others: it still meets them each time
-            spare = self.job.collate(self.job.corpus, step.ranks[0][0][:1])
-            self._backward(spare.to(summed.device), 0.0, last=number == count - 1)
         return summed
 
     def _backward(
-        self, batch: batches.Batch, scale: float, *, last: bool, each: losses.Each | None = None
+        self, batch: batches.Batch, scale: float, each: losses.Each | None
     ) -> torch.Tensor:
         """Add a micro-batch's gradient, `scale` times; returns its summed loss."""
         model = self.job.model
-        waiting = contextlib.nullcontext() if last else self.accelerator.no_sync(model)
-        with waiting:
+        with self.accelerator.no_sync(model):  # processes meet when the step is whole
             with self.clock.phase("forward"), self.accelerator.autocast():
                 loss = losses.summed(model, batch, head=self.job.path.head, each=each)
             with self.clock.phase("backward"):

@@ -1,0 +1,53 @@
+"""When memory runs out: how that is told from other faults, and the random state to begin again."""
+
+from __future__ import annotations
+
+import random
+import sys
+from typing import Any
+
+# What torch, its CPU allocator, cuBLAS and the allocator of Apple's GPUs write; the class alone
+# does not tell, as most of them raise a plain RuntimeError.
+SAID = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
+
+def is_short(error: BaseException) -> bool:
+    """Whether an error says no more than that memory has run out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in SAID)
+
+
+def told(error: BaseException) -> str:
+    """What such an error says, short and on one line."""
+    text = str(error) or type(error).__name__
+    return " ".join(text.splitlines()[0].split())[:160]
+
+
+class Drawn:
+    """Every random state of this process at a moment; cheap enough for each step."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda: Any = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self._cpu, self._python = torch.get_rng_state(), random.getstate()
+
+    def restore(self) -> None:
+        """Have the same numbers drawn again."""
+        import torch
+
+        torch.set_rng_state(self._cpu)
+        random.setstate(self._python)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda)
+
+
+def free() -> None:
+    """Give back what an attempt left that failed."""
+    import gc
+
+    torch = sys.modules["torch"]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

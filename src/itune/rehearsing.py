@@ -1,0 +1,275 @@
+"""What can fail late is tried before the first step, so that it does not fail after days of it.
+
+A checkpoint of the real size is written and read back, a held-out batch is measured, two rows of
+each task are answered and scored, each tracker gets a line, and the disk is asked for the room that
+the run will need. Nothing of it stays: weights, random state, log and folder are as before.
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from itune import (
+    checkpoints,
+    data,
+    decoding,
+    encoding,
+    errors,
+    jobs,
+    judging,
+    likelihoods,
+    optimizers,
+    plans,
+    recipes,
+    runs,
+    scoring,
+    storage,
+)
+
+Say = Callable[[str], None]
+
+ROWS = 2
+NEW_TOKENS = 8  # chosen: whether answering works at all shows in the first of them
+TRIAL = ".trial"
+
+
+def rehearse(
+    recipe: recipes.Recipe,
+    run: runs.Run,
+    job: jobs.Job,
+    encoder: encoding.Encoder,
+    accelerator: Accelerator,
+    kernel: str,
+    say: Say,
+) -> None:
+    """Try everything that the run will need; every process calls it.
+
+    `kernel`: the attention with which the model answers. A run that has a checkpoint has shown
+    most of it: there it is the room, the trackers, and answers if their settings are others.
+    Raises EnvironmentRefusal where disk or trackers refuse, Diverged where the loss is not finite,
+    UserError where answers cannot be made or scored.
+    """
+    begun = bool(checkpoints.steps(run.checkpoints))
+    tried = []
+    with _undisturbed(job.model):
+        if accelerator.is_main_process:
+            state = _state(job, recipe.training, accelerator.num_processes)
+            _refuse_little_room(recipe, run, job, _size(state))
+            tried += [_track(tracker) for tracker in accelerator.trackers]
+            if not begun:
+                _write_and_read(run, state)
+                tried.append(f"a checkpoint of {_megabytes(_size(state))}")
+        if job.heldout is not None and not begun:
+            _measure(job, job.heldout, accelerator)
+            tried.append("a held-out batch")
+        mark = _mark(recipe)
+        if accelerator.is_main_process and not (begun and run.manifest.get("rehearsed") == mark):
+            tried += _answer(recipe, job.model, encoder, kernel)
+            run.update(rehearsed=mark)
+    if tried:
+        say(f"tried before the first step: {', '.join(tried)}")
+
+
+@contextlib.contextmanager
+def _undisturbed(model: Any) -> Iterator[None]:
+    """The model's mode and every random state as before."""
+    training, drawn = model.training, checkpoints.random_state()
+    try:
+        yield
+    finally:
+        model.train(training)
+        checkpoints.set_random_state(drawn)
+
+
+def _mark(recipe: recipes.Recipe) -> str:
+    """What decides how rows are answered and scored, and may differ when a run goes on."""
+    decides = [recipe.generation, recipe.evaluation.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- the disk -----------------------------------------------------------------------------
+
+
+def _state(job: jobs.Job, settings: recipes.Training, world: int) -> checkpoints.State:
+    """What a checkpoint will hold: the weights, and moments of the optimiser's that are zero yet.
+
+    Raises ModelError for weights that are not finite: no checkpoint could be made of them.
+    """
+    weights = {name: p.detach() for name, p in job.model.named_parameters() if p.requires_grad}
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise errors.ModelError(
+                f"{name}: holds numbers that are not finite before the first step. Take a base "
+                "model that is whole."
+            )
+    return checkpoints.State(
+        step=0,
+        weights=weights,
+        optimizer=optimizers.blank_state(job.model, settings),
+        scheduler={},
+        rng=[checkpoints.random_state() for _ in range(world)],
+        meta={},
+    )
+
+
+def _size(state: checkpoints.State) -> int:
+    """Bytes of a checkpoint's tensors."""
+    moments = [t for fields in state.optimizer["state"].values() for t in fields.values()]
+    every = [*state.weights.values(), *moments, *(t for rank in state.rng for t in rank.values())]
+    return sum(t.nbytes for t in every if isinstance(t, torch.Tensor))
+
+
+def _refuse_little_room(
+    recipe: recipes.Recipe, run: runs.Run, job: jobs.Job, checkpoint: int
+) -> None:
+    settings = recipe.training
+    there = checkpoints.steps(run.checkpoints)
+    left = len(job.plan) - (int(there[0].name) if there else 0)
+    saves = math.ceil(left / plans.share_or_count(settings.save_steps, len(job.plan)))
+    # One more than are kept: the oldest goes when the newest is whole.
+    more = min(saves, max(1, settings.save_total_limit + 1 - len(there)))
+    trained = sum(p.nbytes for p in job.model.parameters() if p.requires_grad)
+    whole = sum(p.nbytes for p in job.model.parameters())
+    result = whole if recipe.adapter is None else trained + whole * recipe.output.merge
+    needed, free = more * checkpoint + result, shutil.disk_usage(run.dir).free
+    if free < needed:
+        raise errors.EnvironmentRefusal(
+            f"{run.dir}: {_megabytes(needed)} are needed and {_megabytes(free)} are free: {more} "
+            f"checkpoints of {_megabytes(checkpoint)} (training.save_total_limit is "
+            f"{settings.save_total_limit}) and the model of {_megabytes(result)}. Make room, lower "
+            "training.save_total_limit, or choose another disk with --output."
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _write_and_read(run: runs.Run, state: checkpoints.State) -> None:
+    """Publish a checkpoint in a folder of its own, read it back, and take it away again."""
+    folder, run_id = run.checkpoints / TRIAL, str(run.manifest["id"])
+    if folder.exists():  # of a run that was killed here
+        storage.DISK.remove(folder)
+    try:
+        path = checkpoints.save(folder, state, run_id=run_id, keep=1)
+        fault = checkpoints.fault(path, run_id) or _other(checkpoints.load(path), state)
+        if fault:
+            raise errors.EnvironmentRefusal(
+                f"{run.checkpoints}: a checkpoint was written and reads back otherwise: {fault}. "
+                "Choose another disk with --output."
+            )
+    finally:
+        _take_away(folder)
+
+
+def _take_away(folder: Path) -> None:
+    if folder.exists():
+        try:
+            storage.DISK.remove(folder)
+        except OSError as error:
+            raise errors.EnvironmentRefusal(
+                f"{folder}: cannot be removed ({error.strerror}), and older checkpoints could not "
+                "be either. Choose another folder with --output."
+            ) from error
+
+
+def _other(found: checkpoints.State, wanted: checkpoints.State) -> str | None:
+    for name, tensor in wanted.weights.items():
+        if not torch.equal(found.weights[name], tensor.cpu()):
+            return f"{name} has other numbers"
+    return None
+
+
+# --- numbers and answers ------------------------------------------------------------------
+
+
+def _measure(job: jobs.Job, heldout: data.Corpus, accelerator: Accelerator) -> None:
+    """The held-out loss on the micro-batch of the longest rows, which needs the most memory."""
+    loss = jobs.measure(job, heldout, accelerator, most=1)
+    if not math.isfinite(loss):
+        raise errors.Diverged(
+            f"the held-out loss is {loss} before the first step, so not finite. Look at the base "
+            "model, and at model.dtype."
+        )
+
+
+def _answer(
+    recipe: recipes.Recipe, model: Any, encoder: encoding.Encoder, kernel: str
+) -> list[str]:
+    """Answer and score the first rows of each task; returns what was tried, for the user."""
+    if not recipe.data.eval:
+        return []
+    wanted = decoding.settings(recipe.generation, encoder)
+    room = min(decoding.context(model), 1 << 20)
+    longest = room - min(int(wanted.max_new_tokens), room // 2)
+    wanted = copy.copy(wanted)
+    wanted.max_new_tokens = min(int(wanted.max_new_tokens), NEW_TOKENS)
+    said = []
+    own = model.config._attn_implementation
+    model.set_attn_implementation(kernel)
+    try:
+        for task in data.tasks(recipe.data.eval, encoder, max_prompt=longest, limit=ROWS):
+            names = judging.metrics_of(task.template, recipe.evaluation.metrics)
+            cases = list({case.row: case for case in reversed(task.cases)}.values())[::-1]
+            made = _made(recipe, model, encoder, task, cases, wanted)
+            rows = [
+                scoring.Prediction(case.row, case.wording, text, case.references)
+                for case, text in zip(cases, made, strict=True)
+            ]
+            scoring.by_wording(rows, names, choices=task.template.choices)
+            said.append(f"answers to {len(cases)} rows of {task.name} ({', '.join(names)})")
+    finally:
+        model.set_attn_implementation(own)
+    return said
+
+
+def _made(
+    recipe: recipes.Recipe,
+    model: Any,
+    encoder: encoding.Encoder,
+    task: data.Task,
+    cases: list[data.Case],
+    wanted: Any,
+) -> list[str]:
+    choices, decide = task.template.choices, recipe.evaluation.decide
+    model.eval()
+    try:
+        if choices and decide != "generate":
+            asked = [case.messages for case in cases]
+            picked = likelihoods.choose(model, encoder, asked, choices, decide=decide)
+            return [choices[each] for each in picked]
+        answers = decoding.generate(model, encoder, [case.ids for case in cases], wanted)
+        return [each.text for each in answers]
+    except (ValueError, TypeError) as error:
+        raise errors.RecipeError(
+            f"generation: the model cannot answer {task.name} with these settings: "
+            f"{errors.shown(' '.join(str(error).split()))}. Change generation."
+        ) from error
+
+
+# --- trackers -----------------------------------------------------------------------------
+
+
+def _track(tracker: Any) -> str:
+    """Give a tracker a line, as of no step; returns its name."""
+    try:
+        tracker.log({"epoch": 0.0}, step=0)
+    except Exception as error:  # each tracker has faults of its own kind
+        said = errors.shown(" ".join(str(error).split()) or type(error).__name__)
+        raise errors.EnvironmentRefusal(
+            f"tracking.log_with: {tracker.name} does not take a line: {said}. Mend that, or leave "
+            f"{tracker.name} out."
+        ) from error
+    return str(tracker.name)

@@ -83,6 +83,8 @@ ORDER = (
     "rehearsing",
     "firsts",
     "previewing",
+    "speaking",
+    "chatting",
     "commands",
     "cli",
     "__main__",

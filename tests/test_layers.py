@@ -88,6 +88,8 @@ ORDER = (
     "rehearsing",
     "firsts",
     "previewing",
+    "speaking",
+    "chatting",
     "commands",
     "cli",
     "__main__",

@@ -91,6 +91,8 @@ ORDER = (
     "rehearsing",
     "firsts",
     "previewing",
+    "speaking",
+    "chatting",
     "commands",
     "cli",
     "__main__",

@@ -168,6 +168,12 @@ def generate(
         list[str] | None,
         typer.Option("--field", metavar="KEY=VALUE", help="A column for the template."),
     ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk with the model, a line at a time; /help says how.")
+    ] = False,
     sets: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -178,7 +184,9 @@ def generate(
     common = commands.Common(None, tuple(sets or ()), output, None, as_json, quiet)
     commands.generate(
         common,
-        prompting.Asked(tuple(prompts or ()), run, model, source, template, tuple(field or ())),
+        prompting.Asked(
+            tuple(prompts or ()), run, model, source, template, tuple(field or ()), system, chat
+        ),
     )
 
 

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     pass
 
 
-CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
-
-
 @dataclass(frozen=True, slots=True)
 class Common:
     """The options that every command has."""
@@ -343,75 +340,75 @@ def _judged(common: Common, asked: Judged) -> tuple[recipes.Recipe, runs.Run | N
 
 
 def generate(common: Common, asked: prompting.Asked) -> None:
-    """`itune generate`: one answer a prompt, in their order."""
+    """`itune generate`: one answer a prompt, in their order; or a talk."""
     fields = _generation(common.sets)
     prompting.check(asked, common.output)
+    screen = common.screen()
+    if asked.chat:
+        if common.json:
+            raise errors.OptionError("--chat: with --json? Keep one; /save FILE writes JSON.")
+        from itune import chatting, speaking
+
+        _still()
+        chatting.Chat(speaking.loaded(asked, fields, screen.say), screen, asked.system).run()
+        return
     conversations = prompting.conversations(asked)
     finished = 0
     if asked.input is not None and common.output is not None:
-        finished = prompting.answered(common.output, [prompt for prompt, _ in conversations])
-    screen = common.screen()
+        finished = prompting.answered(common.output, [each.prompt for each in conversations])
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]
-    for prompt, completion in _answers(asked, fields, waiting, screen, finished):
-        answer = {
-            "prompt": prompt,
-            "response": completion.text,
-            "stop": completion.stop,
-            "tokens": completion.tokens,
-        }
-        if common.output is not None:
-            with common.output.open("a", encoding="utf-8") as file:
-                file.write(runs.to_json(answer) + "\n")
-        elif common.json:
-            _emit(common, answer)
-        else:
-            screen.result(
-                f"> {prompt}\n{completion.text}\n" if len(waiting) > 1 else completion.text
-            )
+    if waiting:
+        _answer(common, asked, fields, waiting, finished)
     if common.output is not None:
         screen.say(f"{len(waiting)} answers written to {common.output}")
 
 
-def _answers(
+def _answer(
+    common: Common,
     asked: prompting.Asked,
-    given: Mapping[str, Any],
-    waiting: Sequence[tuple[str, list[Any]]],
-    screen: console.Screen,
+    fields: Mapping[str, Any],
+    waiting: Sequence[prompting.Conversation],
     finished: int,
-) -> Iterator[tuple[str, Any]]:
-    from itune import decoding, models
+) -> None:
+    from itune import speaking
 
-    if not waiting:
-        return
     _still()
-    fields: dict[str, Any] = {}
-    if asked.model is not None:
-        location, seed = asked.model, 17
+    screen = common.screen()
+    speaker = speaking.loaded(asked, fields, screen.say)
+    prompts = speaker.read(waiting)
+    streams = len(waiting) == 1 and common.output is None and sys.stdout.isatty()
+    heard = speaking.Heard(speaker.encoder, screen.part) if streams else None
+    with screen.counting(len(waiting) if common.output is not None else 0) as done:
+        answers = speaker.answers(
+            prompts, finished, told=heard.told if heard else None, done=done, say=screen.say
+        )
+        for each, completion in zip(waiting, answers, strict=True):
+            if heard is not None and not common.json:
+                heard.end()
+                screen.part("\n")
+            else:
+                _tell(common, screen, each.prompt, completion, alone=len(waiting) == 1)
+
+
+def _tell(
+    common: Common, screen: console.Screen, prompt: str, completion: Any, *, alone: bool
+) -> None:
+    """Write an answer where it belongs."""
+    answer = {
+        "prompt": prompt,
+        "response": completion.text,
+        "stop": completion.stop,
+        "tokens": completion.tokens,
+    }
+    if common.output is not None:
+        with common.output.open("a", encoding="utf-8") as file:
+            file.write(runs.to_json(answer) + "\n")
+    elif common.json:
+        _emit(common, answer)
     else:
-        run = runs.find(asked.run) if asked.run is not None else runs.newest()
-        screen.say(f"run: {run.dir}")
-        location = str(run.dir)
-        recipe = run.recipe
-        fields, seed = dict(recipe.generation), recipe.training.seed
-    fields.update(given)
-    named = recipes.Model(name=location)
-    encoder = models.encoder(named)
-    decoding.refuse_masked(encoder, location)
-    wanted = decoding.settings(fields, encoder)
-    place = models.placement(named)
-    model = models.load(named, place)
-    models.take_threads(model, place)
-    # A chunk at a time, so that what is answered is written before the rest is begun.
-    for start in range(0, len(waiting), CHUNK):
-        chunk = waiting[start : start + CHUNK]
-        ids = [encoder.prompt(messages) for _, messages in chunk]
-        keys = range(finished + start, finished + start + len(chunk))
-        order = decoding.Order(seed, keys)
-        say = screen.say if start == 0 else None
-        made = decoding.generate(model, encoder, ids, wanted, order=order, say=say)
-        yield from zip((prompt for prompt, _ in chunk), made, strict=True)
+        screen.result(completion.text if alone else f"> {prompt}\n{completion.text}\n")
 
 
 def _generation(sets: Sequence[str]) -> dict[str, Any]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -87,6 +88,16 @@ class Screen:
             sys.stdout.write((inert(text) if sys.stdout.isatty() else text) + "\n")
             sys.stdout.flush()
 
+    def part(self, text: str) -> None:
+        """A part of a result, at once, with no end of line; inert where that is a terminal."""
+        if not self.silent:
+            sys.stdout.write(inert(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+
+    def warn(self, text: str) -> None:
+        """What went wrong and ends nothing; said to those who want quiet too."""
+        self.err.print(Text(inert(f"error: {text}")))
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table on standard output: names at the left, numbers at the right."""
         if self.silent:
@@ -101,6 +112,34 @@ class Screen:
         if title:
             out.print(Text(inert(title)), soft_wrap=True)
         out.print(table, soft_wrap=False)
+
+    @contextlib.contextmanager
+    def counting(self, total: int) -> Iterator[Callable[[], None]]:
+        """Show how many of `total` answers are there; what it gives is called for each one.
+
+        A live line in a terminal, a line at each tenth elsewhere; nothing for fewer than two.
+        """
+        if self.quiet or total < 2:
+            yield lambda: None
+            return
+        bar = Progress(
+            TextColumn("answer {task.completed}/{task.total}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=self.err,
+            disable=not self.err.is_terminal,
+        )
+        task, done, every = bar.add_task("", total=total), 0, max(1, total // 10)
+
+        def one() -> None:
+            nonlocal done
+            done += 1
+            bar.update(task, completed=done)
+            if not self.err.is_terminal and (done % every == 0 or done == total):
+                self.err.print(Text(f"answer {done}/{total}"))
+
+        with bar:
+            yield one
 
     # --- training ---
 

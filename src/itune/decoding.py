@@ -109,7 +109,7 @@ def generate(
     Raises DataError for a prompt that leaves no room to answer.
     """
     for prompt in prompts:
-        _room_left(model, prompt)
+        room_left(model, prompt)
     out: dict[int, Completion] = {}
 
     def note(place: int, completion: Completion) -> None:
@@ -252,7 +252,8 @@ def unslotted(model: Any, ids: Sequence[int]) -> str:
     return _unslotted[model]
 
 
-def _room_left(model: Any, prompt: Sequence[int]) -> int:
+def room_left(model: Any, prompt: Sequence[int]) -> int:
+    """How many tokens an answer may have after a prompt. Raises DataError where that is none."""
     room = context(model) - len(prompt)
     if room < 1:
         raise errors.DataError(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from itune import errors, storage, templates
 
 if TYPE_CHECKING:
     from itune import formats
 
-Conversation = tuple[str, "list[formats.Message]"]
+
+class Conversation(NamedTuple):
+    """What is asked once: the prompt as shown, the messages, and where they stand."""
+
+    prompt: str
+    messages: list[formats.Message]
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,8 @@ class Asked:
     input: Path | None = None
     template: str | None = None
     fields: tuple[str, ...] = ()
+    system: str | None = None
+    chat: bool = False
 
 
 def check(asked: Asked, output: Path | None) -> None:
@@ -35,6 +44,8 @@ def check(asked: Asked, output: Path | None) -> None:
         raise errors.OptionError("--run and --model: which one answers? Keep one.")
     if asked.input is not None and output is None:
         raise errors.OptionError("--input: where to? Name the file with --output FILE.")
+    if asked.chat:
+        _check_chat(asked, output)
     if output is None:
         return
     if output.is_dir():
@@ -45,8 +56,24 @@ def check(asked: Asked, output: Path | None) -> None:
         raise errors.OptionError(f"--output {output}: is the input too. Name another file.")
 
 
+def _check_chat(asked: Asked, output: Path | None) -> None:
+    given = {
+        "a prompt": asked.prompts,
+        "--input": asked.input,
+        "--output": output,
+        "--template": asked.template,
+        "--field": asked.fields,
+    }
+    for name, value in given.items():
+        if value:
+            raise errors.OptionError(
+                f"--chat: with {name}? Questions are typed, one a line, and /save FILE keeps the "
+                f"talk. Leave {name} out."
+            )
+
+
 def conversations(asked: Asked) -> list[Conversation]:
-    """(prompt as shown, messages) of each thing that is asked, in order. Raises OptionError."""
+    """Each thing that is asked, in order. Raises OptionError."""
     found = list(_conversations(asked))
     if not found:
         raise errors.OptionError(
@@ -85,31 +112,43 @@ def answered(path: Path, prompts: Sequence[str]) -> int:
     return len(whole)
 
 
-def _conversations(asked: Asked) -> Iterator[tuple[str, list[Any]]]:
-    """(prompt as shown, messages) of each thing that is asked, in order."""
+@contextlib.contextmanager
+def located(where: str, kind: type[errors.UserError] = errors.DataError) -> Iterator[None]:
+    """Have what is wrong with one thing that was asked say where it stands."""
+    try:
+        yield
+    except errors.UserError as error:
+        raise kind(f"{where}: {error}") from error
+
+
+def _conversations(asked: Asked) -> Iterator[Conversation]:
     template = templates.load(asked.template) if asked.template else None
     if asked.fields:
         if template is None:
             raise errors.OptionError("--field: for which template? Name it with --template NAME.")
-        yield _asked(_fields(asked.fields), "--field", template)
+        yield _asked(_fields(asked.fields), "--field", template, asked.system)
     for prompt in asked.prompts:
         text = sys.stdin.read().strip() if prompt == "-" else prompt
         names = ["prompt"] if template is None else sorted(template.columns())
-        yield _asked(dict.fromkeys(names, text), "prompt", template)
+        yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
     if asked.input is not None:
         for number, row in _json_lines(asked.input):
-            yield _asked(row, f"{asked.input}:{number}", template)
+            yield _asked(row, f"{asked.input}:{number}", template, asked.system)
 
 
 def _asked(
-    row: Mapping[str, Any], where: str, template: templates.Template | None
-) -> tuple[str, list[Any]]:
+    row: Mapping[str, Any], where: str, template: templates.Template | None, system: str | None
+) -> Conversation:
     from itune import formats
 
+    first = [formats.Message("system", system)] if system else []
     if "messages" in row and template is None:
-        turns = list(formats.conversation(row, answered=False).messages)
-        return turns[-1].content, turns
-    prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
+        with located(where):
+            turns = list(formats.conversation(row, answered=False).messages)
+        own = turns[0].role == "system"  # a row's own goes before that of the command line
+        return Conversation(turns[-1].content, turns if own else [*first, *turns], where)
+    with located(where):
+        prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         cure = (
             "It is empty."
@@ -117,8 +156,9 @@ def _asked(
             else "A row needs `prompt`, `messages`, or --template with its fields."
         )
         raise errors.DataError(f"{where}: no prompt. {cure}")
-    system = [formats.Message("system", template.system)] if template and template.system else []
-    return prompt, [*system, formats.Message("user", prompt)]
+    if template and template.system and not first:
+        first = [formats.Message("system", template.system)]
+    return Conversation(prompt, [*first, formats.Message("user", prompt)], where)
 
 
 def _fields(given: Sequence[str]) -> dict[str, str]:

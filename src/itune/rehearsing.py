@@ -27,9 +27,11 @@ from itune import (
     decoding,
     encoding,
     errors,
+    families,
     jobs,
     judging,
     likelihoods,
+    models,
     optimizers,
     plans,
     recipes,
@@ -214,6 +216,8 @@ def _answer(
     wanted = decoding.settings(recipe.generation, encoder)
     room = min(decoding.context(model), 1 << 20)
     longest = room - min(int(wanted.max_new_tokens), room // 2)
+    if encoder.family == families.MASKED:  # the place of the answer is in the prompt
+        longest = min(models.positions(model), 1 << 20)
     wanted = copy.copy(wanted)
     wanted.max_new_tokens = min(int(wanted.max_new_tokens), NEW_TOKENS)
     said = []
@@ -250,6 +254,7 @@ def _made(
             asked = [case.messages for case in cases]
             picked = likelihoods.choose(model, encoder, asked, choices, decide=decide)
             return [choices[each] for each in picked]
+        decoding.refuse_masked(encoder, task.name)
         answers = decoding.generate(model, encoder, [case.ids for case in cases], wanted)
         return [each.text for each in answers]
     except (ValueError, TypeError) as error:

@@ -45,6 +45,10 @@ class Listener:
         finally:
             self._waiting = False
 
+    def settle(self) -> None:
+        """Go on after a signal that was answered: the next one is a first one again."""
+        self.asked = None
+
     def _heard(self, number: int, _frame: Any) -> None:
         if self.asked is not None:
             signal.signal(number, signal.SIG_DFL)

@@ -1,0 +1,126 @@
+"""A model that answers for `itune generate`: loaded once, asked many times, heard as it speaks.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from itune import decoding, encoding, errors, models, prompting, recipes, runs
+
+CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
+
+
+@dataclass(frozen=True, slots=True)
+class Speaker:
+    """A model with what it is asked by. wanted: a GenerationConfig."""
+
+    model: Any
+    encoder: encoding.Encoder
+    wanted: Any
+    seed: int
+
+    def answer(
+        self, ids: Sequence[int], key: int, told: Callable[[int, int], None] | None = None
+    ) -> decoding.Completion:
+        """The answer to one prompt. `told(place, token)` hears of each token as it comes."""
+        order = decoding.Order(self.seed, [key], told=told)
+        return decoding.generate(self.model, self.encoder, [ids], self.wanted, order=order)[0]
+
+    def read(self, waiting: Sequence[prompting.Conversation]) -> list[list[int]]:
+        """The ids of all prompts. Raises DataError, with its place, for one that leaves no room."""
+        found = []
+        for asked in waiting:
+            with prompting.located(asked.where):
+                ids = self.encoder.prompt(asked.messages)
+                decoding.room_left(self.model, ids)
+            found.append(ids)
+        return found
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        first: int,
+        *,
+        told: Callable[[int, int], None] | None,
+        done: Callable[[], None],
+        say: decoding.Say,
+    ) -> Iterator[decoding.Completion]:
+        """The answer to each prompt in order. first: the key of the first; done: hears of each.
+
+        A chunk at a time, so that what is answered is written before the rest is begun.
+        """
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            keys = range(first + start, first + start + len(chunk))
+            yield from decoding.generate(
+                self.model,
+                self.encoder,
+                chunk,
+                self.wanted,
+                lambda place, completion: done(),
+                order=decoding.Order(self.seed, keys, told=told),
+                say=say if start == 0 else None,
+            )
+
+
+def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) -> Speaker:
+    """The model of a run, or another. `given`: generation's fields of the command line."""
+    fields: dict[str, Any] = {}
+    if asked.model is not None:
+        location, seed = asked.model, 17
+    else:
+        run = runs.find(asked.run) if asked.run is not None else runs.newest()
+        say(f"run: {run.dir}")
+        location = str(run.dir)
+        recipe = run.recipe
+        fields, seed = dict(recipe.generation), recipe.training.seed
+    fields.update(given)
+    named = recipes.Model(name=location)
+    encoder = models.encoder(named)
+    decoding.refuse_masked(encoder, location)
+    wanted = decoding.settings(fields, encoder)
+    place = models.placement(named)
+    model = models.load(named, place)
+    models.take_threads(model, place)
+    return Speaker(model, encoder, wanted, seed)
+
+
+@dataclass
+class Heard:
+    """The text of an answer as its tokens come: `write` gets each part, once it is sure.
+
+    A character whose bytes are not all there is held back, and so is space that may be the last.
+    """
+
+    encoder: encoding.Encoder
+    write: Callable[[str], None]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def told(self, _place: int, token: int) -> None:
+        """One token more."""
+        self.ids.append(token)
+        self._grow(self.encoder.decode(self.ids).rstrip("\ufffd").rstrip())
+
+    def end(self) -> str:
+        """The whole text, with what was held back."""
+        self._grow(self.encoder.decode(self.ids))
+        return self.text
+
+    def _grow(self, text: str) -> None:
+        # A tokenizer that writes what went before anew is heard out first.
+        if text.startswith(self.text) and len(text) > len(self.text):
+            self.write(text[len(self.text) :])
+            self.text = text
+
+
+def system_taken(speaker: Speaker, system: str) -> None:
+    """Refuse a system message that the model's chat template does not take, before any question."""
+    from itune import formats
+
+    with prompting.located("--system", kind=errors.OptionError):
+        speaker.encoder.prompt([formats.Message("system", system), formats.Message("user", "?")])

@@ -22,7 +22,7 @@ from conftest import ROOT
 
 CASES = sorted(path.parent for path in (ROOT / "tests" / "bad").glob("*/expect.yaml"))
 NEEDED = {"arguments", "exit_code", "says"}
-GOING_ON = {"mine/run.json", "mine/log.jsonl", "mine/.lock", "mine/recipe.yaml"}
+GOING_ON = {"mine/run.json", "mine/log.jsonl", "mine/.lock", "mine/recipe.yaml", "mine/report.html"}
 OTHERS = {"first", "python", "environment", "absent", "hidden"}
 
 

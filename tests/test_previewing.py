@@ -274,3 +274,23 @@ def test_what_a_stretch_says_is_what_its_ids_say(tiny_model_dir: Path) -> None:
 def test_the_name_of_a_long_path_keeps_its_end() -> None:
     assert console.elided("data/a/very/long/path/train.jsonl", 14) == "...train.jsonl"
     assert len(console.elided("x" * 50, 24)) == 24
+
+
+def test_what_the_command_would_refuse_is_told(
+    folder: Path, tiny_model_dir: Path, cli: Callable[..., Any]
+) -> None:
+    def shown(train: str, command: str = "tune") -> Any:
+        text = f"model: {{name: {tiny_model_dir}}}\ndata: {{train: {train}}}\n"
+        (folder / "asked.yaml").write_text(text + "training: {max_length: 64}\n")
+        return cli(command, "-r", str(folder / "asked.yaml"), "--preview", "1")
+
+    lossy = shown("{path: long.jsonl, template: ./long.yaml}")
+    assert lossy.code == 0, lossy.err
+    assert "rows looked at would be left out, more than data.max_dropped (0.01)" in lossy.err
+    texts = "{path: stories.jsonl, format: text}"
+    refused = shown(texts)
+    assert refused.code == 2
+    assert "its rows are plain text" in refused.err
+    streamed = shown("{path: stories.jsonl, format: text, streaming: true}", "pretrain")
+    assert streamed.code == 0, streamed.err
+    assert "of the first 300 rows read" in streamed.out

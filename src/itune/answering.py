@@ -295,10 +295,12 @@ class Answerer:
         """The summed loss of each text in nats, [texts], computed in batches of like lengths."""
         import torch
 
-        from itune import batches, losses, objectives
+        from itune import adapters, batches, losses, objectives
 
         collate = objectives.collate(self.encoder, self.model, self.recipe.training)
-        collate = collate or batches.padder(self.encoder.eos_id)
+        collate = collate or batches.padder(
+            self.encoder.eos_id, places=not adapters.prepends(self.model)
+        )
         lengths, found = corpus.lengths, np.zeros(len(corpus))
         order = np.argsort(-lengths, kind="stable")
         for rows in batches.micro_batches(order, lengths, batches.MICRO_TOKENS, padded=True):

@@ -76,7 +76,7 @@ def train(
     recipe = common.load(command)
     screen = common.screen()
     if preview:
-        _preview(recipe, common, screen, preview)
+        _preview(recipe, command, common, screen, preview)
         return
     launching.ensure(common.processes or recipe.launch.num_processes, arguments)
     with _opened(recipe, command, fresh=fresh, allowed=allowed) as (run, state):
@@ -218,13 +218,17 @@ def _summary(run: runs.Run) -> dict[str, Any]:
     return {"run": str(run.dir), **{name: manifest.get(name) for name in names}}
 
 
-def _preview(recipe: recipes.Recipe, common: Common, screen: console.Screen, number: int) -> None:
+def _preview(
+    recipe: recipes.Recipe, command: str, common: Common, screen: console.Screen, number: int
+) -> None:
     from itune import doctor, families, models, previewing, starting
 
     _still()
-    made = starting.tokenizer(recipe, None)
+    made = starting.tokenizer(recipe, None, command)
     encoder = families.encoder(models.family_of(recipe.model), made)
-    shown = previewing.show(recipe, encoder, number, screen, verbose=common.verbose)
+    shown = previewing.show(
+        recipe, encoder, number, screen, command=command, verbose=common.verbose
+    )
     doctor.check(recipe, encoder, screen.say)
     _emit(common, shown)
 

@@ -247,6 +247,8 @@ _unslotted: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 def unslotted(model: Any, ids: Sequence[int]) -> str:
     """Why our own loop does not go with a model; nothing where a trial agrees. Asked once each."""
+    if adapters.prepends(model):
+        return "its adapter puts vectors of its own before the prompt"
     if model not in _unslotted:
         _unslotted[model] = slots.refused(model) or slots.disagrees(model, list(ids))
     return _unslotted[model]

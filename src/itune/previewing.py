@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,14 @@ class Tally:
 
 @dataclass
 class Table:
-    """Tallies over a sample of each source: `looked` of `total` rows."""
+    """Tallies over a sample of each source: `looked` of `total` rows, which of a stream are those
+    that come first: how many more there are nobody knows (`streamed`)."""
 
     looked: int
     total: int
     whole: Tally
     parts: list[Tally]
+    streamed: bool = False
 
     @property
     def edges(self) -> np.ndarray:
@@ -78,6 +80,7 @@ class Table:
 def tally(sources: Sequence[firsts.Rows]) -> Table:
     """Count what became of the rows: of all in a small source, of a sample in a large one."""
     table = Table(0, sum(len(source) for source in sources), Tally("all", None), [])
+    table.streamed = any(source.source.streaming for source in sources)
     names = _names([source.source for source in sources])
     for source, name in zip(sources, names, strict=True):
         sample = _sample(source, max(CHUNK, SAMPLE_ROWS // len(sources)), len(sources))
@@ -134,14 +137,16 @@ def show(
     number: int,
     screen: console.Screen,
     *,
+    command: str = "",
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Show `number` examples and the table; returns both as plain data.
 
-    `verbose`: every token apart, with its id. Raises DataError for a broken row.
+    `command`: for which the rows are read, as `formats.reading` takes it. `verbose`: every token
+    apart, with its id. Raises DataError for a broken row, or one that the command cannot use.
     """
     sources = [
-        firsts.Rows(k, source, encoder, recipe.training)
+        firsts.Rows(k, source, encoder, recipe.training, command)
         for k, source in enumerate(recipe.data.train)
     ]
     shown = firsts.first(sources, number)
@@ -151,6 +156,8 @@ def show(
         screen.example(title, stretches(encoder, example.tokens, single=verbose))
     table = tally(sources)
     _show_table(table, screen)
+    for line in _refused(table, recipe.data.max_dropped):
+        screen.say(line)
     return {
         "examples": [_plain(encoder, *each) for each in shown],
         "counts": counts(table),
@@ -253,10 +260,24 @@ def _counted(part: Tally, edges: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _refused(table: Table, most: float) -> Iterator[str]:
+    """What the command would refuse to begin with, going by the rows looked at."""
+    for part in table.parts:
+        looked = part.rows + part.dropped
+        if part.wording is None and part.dropped > most * looked:
+            yield (
+                f"warning: {part.source}: {part.dropped:,} of the {looked:,} rows looked at would "
+                f"be left out, more than data.max_dropped ({most:g}), which ends the command. "
+                "Raise training.max_length, or take them out."
+            )
+
+
 def _show_table(table: Table, screen: console.Screen) -> None:
     several = len({part.source for part in table.parts}) > 1
     parts = [*table.parts, table.whole] if several else table.parts
-    if table.looked < table.total:
+    if table.streamed:
+        title = f"training data, from {table.looked:,} of the first {table.total:,} rows read"
+    elif table.looked < table.total:
         title = f"training data, from {table.looked:,} of {table.total:,} rows"
     else:
         title = f"training data, all {table.total:,} rows"

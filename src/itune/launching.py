@@ -16,10 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import errors
+from itune import errors, signals
 
 # Set for processes whose launcher is itune itself, to a name of that launch alone.
 SUPERVISED = "ITUNE_SUPERVISED"
+# What torch's launcher reads: a signal goes to every process, which may finish its step and write
+# a checkpoint before it is killed, in seconds. Its own 30 are too few for a large model.
+LAUNCHER = {
+    "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(each.name for each in signals.ASKING),
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1800",
+}
 
 
 def ensure(processes: int | None, arguments: Sequence[str]) -> None:
@@ -35,6 +41,8 @@ def ensure(processes: int | None, arguments: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ[SUPERVISED] = uuid.uuid4().hex
+    for name, value in LAUNCHER.items():
+        os.environ.setdefault(name, value)
     on_gpus = torch.cuda.is_available()
     sys.exit(_supervised((_on_gpus if on_gpus else _on_cpu)(processes, arguments)))
 
@@ -98,7 +106,7 @@ def _supervised(start: Callable[[], None]) -> int:
         )
         return errors.ItuneError.exit_code
     except SignalException as stopped:
-        if stopped.sigval in (signal.SIGINT, signal.SIGTERM):
+        if stopped.sigval in signals.ASKING:
             return errors.Interrupted.exit_code
         return 128 + int(stopped.sigval)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import sentences, tiny_model, tiny_tokenizer
 
 from itune import (
@@ -239,3 +240,34 @@ def test_soft_prompts_go_through_the_commands(
     assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 4
     asked = cli("generate", "--run", "runs/soft", "the cat", "--json")
     assert asked.code == (2 if family == "masked" else 0), asked.err
+
+
+def test_an_adapter_whose_folding_fails_half_way_answers_as_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+    from peft.tuners.lora import Linear
+
+    tiny_model("causal").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    )
+    wrapped.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(3, 30)[None]
+    with torch.inference_mode():
+        expected = wrapped.eval()(input_ids=ids).logits
+    merge, calls = Linear.merge, []
+
+    def failing(self: Any, *given: Any, **named: Any) -> None:
+        calls.append(1)
+        if len(calls) > 4:
+            raise NotImplementedError("no such layer")
+        merge(self, *given, **named)
+
+    monkeypatch.setattr(Linear, "merge", failing)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    made = adapters.folded(again, str(tmp_path / "adapter"))
+    assert len(calls) == 5
+    with torch.inference_mode():
+        assert torch.equal(made.eval()(input_ids=ids).logits, expected)

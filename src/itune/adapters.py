@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,28 +164,44 @@ def folded(base: Any, location: str) -> Any:
     """
     import peft
 
-    def on_base() -> Any:
-        try:
-            return peft.PeftModel.from_pretrained(base, location)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise errors.ModelError(
-                f"{location}: this adapter does not go with its base: "
-                f"{' '.join(str(error).split())}"
-            ) from error
-
-    return merged_or_not(on_base)
+    try:
+        loaded = peft.PeftModel.from_pretrained(base, location)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise errors.ModelError(
+            f"{location}: this adapter does not go with its base: {' '.join(str(error).split())}"
+        ) from error
+    return merged_or_not(loaded)
 
 
-def merged_or_not(load: Callable[[], Any]) -> Any:
-    """An adapter on its base, loaded and folded in; loaded alone where it cannot be folded in."""
-    loaded = load()
-    if prepends(loaded) or not hasattr(loaded, "merge_and_unload"):
+def merged_or_not(loaded: Any) -> Any:
+    """An adapter on its base, folded in; as it was where it cannot be folded in."""
+    if prepends(loaded) or not hasattr(loaded, "merge_and_unload") or not _folds(loaded):
         return loaded
     try:
         return loaded.merge_and_unload()
     except (NotImplementedError, ValueError):
-        loaded.unload()
-        return load()
+        return loaded  # every layer would fold, so it was refused before any was touched
+
+
+def _folds(model: Any) -> bool:
+    """Whether every adapted layer can be folded in, tried one by one and each put back to the bit.
+
+    Where folding fails half way, peft leaves some layers folded and others not.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [each for each in model.modules() if isinstance(each, BaseTunerLayer)]:
+        kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
+        try:
+            layer.merge()
+            layer.unmerge()
+        except (NotImplementedError, ValueError):
+            return False
+        finally:
+            with torch.no_grad():
+                for parameter, before in kept:
+                    parameter.copy_(before)
+    return True
 
 
 @contextlib.contextmanager

@@ -268,12 +268,9 @@ def load(
         options["quantization_config"] = few_bits.config(quantization, place.dtype)
         options["device_map"] = {"": place.device}
     auto = getattr(transformers, CLASSES[kind])
-    model = from_library(
-        name,
-        lambda: weights.loaded(
-            name, functools.partial(auto.from_pretrained, location, **SAFE, **options)
-        ),
-    )
+    read = functools.partial(auto.from_pretrained, location, **SAFE, **options)
+    # The library alone is heard for faults of the model: what our own code raises keeps its name.
+    model = weights.loaded(name, lambda **asked: from_library(name, lambda: read(**asked)))
     if quantization is None:
         return model.to(place.device)
     import peft
@@ -300,15 +297,14 @@ def use_liger(model: Any, place: Placement) -> None:
 
 
 def _merged_base(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
-    return adapters.merged_or_not(lambda: adapted(name, location, wanted, place)).to(place.device)
+    return adapters.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
 
 
 def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
     """A saved adapter on its base, not quantised."""
     import peft
 
-    base = str((adapter_of(location) or {}).get("base_model_name_or_path") or name)
-    weights.check(base)
+    weights.check(str((adapter_of(location) or {}).get("base_model_name_or_path") or name))
     kind = family_of(wanted)
     autos = {
         families.CAUSAL: peft.AutoPeftModelForCausalLM,
@@ -325,7 +321,8 @@ def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -
             "revision": settings.get("revision"),
         }
     )
-    return from_library(name, lambda: peft.PeftModel.from_pretrained(load(below, place), location))
+    base = load(below, place)
+    return from_library(name, lambda: peft.PeftModel.from_pretrained(base, location))
 
 
 def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> Any:

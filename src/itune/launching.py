@@ -20,6 +20,7 @@ from itune import errors, signals
 
 # Set for processes whose launcher is itune itself, to a name of that launch alone.
 SUPERVISED = "ITUNE_SUPERVISED"
+TELLING = 10.0  # chosen: seconds in which a process that failed has told why and ended
 # What torch's launcher reads: a signal goes to every process, which may finish its step and write
 # a checkpoint before it is killed, in seconds. Its own 30 are too few for a large model.
 LAUNCHER = {
@@ -221,11 +222,15 @@ def _wait(mark: Path, start: str, seconds: float = 120.0, pause: float = 0.1) ->
     """Wait for the first process; `seconds` for it to begin, then for as long as it lives."""
     parent, deadline = os.getppid(), time.monotonic() + seconds
     while True:
+        failed = time.monotonic()
         said = json.loads(mark.read_text()) if mark.is_file() else {}
         state = said.get("state") if said.get("start") == start else None
         if state == "done":
             return
         if state == "failed":
+            # Its message comes first, or the launcher takes this process for the cause.
+            while _alive(said["process"]) and time.monotonic() < failed + TELLING:
+                time.sleep(pause)
             raise errors.EnvironmentRefusal("the first process failed; it says why.")
         if state == "preparing" and not _alive(said["process"]):
             raise errors.EnvironmentRefusal(

@@ -60,6 +60,7 @@ ORDER = (
     "models",
     "checkpoints",
     "jobs",
+    "compiling",
     "optimizers",
     "feeding",
     "gradients",

@@ -148,5 +148,6 @@ def _no_mask(*_args: Any, **_kwargs: Any) -> None:
 
 def register() -> None:
     """Make the implementation known to transformers. Safe to call again."""
-    AttentionInterface.register(NAME, _packed)
+    # Its shapes follow the rows of each batch: compiled layers call it as it is.
+    AttentionInterface.register(NAME, torch.compiler.disable(_packed))
     AttentionMaskInterface.register(NAME, _no_mask)

@@ -134,6 +134,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     from itune import (
         adapters,
         batches,
+        compiling,
         doctor,
         finishing,
         jobs,
@@ -204,7 +205,8 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             steps=len(plan),
         )
     rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
-    outcome = training.fit(job, settings, run, accelerator, screen)
+    with compiling.layers(job, settings, kernel, accelerator.autocast, screen.say):
+        outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()
     if accelerator.is_main_process:
         model.set_attn_implementation(kernel)  # that of packed rows is no part of the result

@@ -72,6 +72,7 @@ def _check_trackers(names: list[str]) -> None:
 # --- measuring ----------------------------------------------------------------------------
 
 
+@torch.compiler.set_stance("force_eager")  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def measure(
     job: Job, corpus: data.Corpus, accelerator: Accelerator, *, most: int | None = None

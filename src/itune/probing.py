@@ -114,6 +114,20 @@ def choose(
     return Path(layout, head, f"{why} ({'; '.join(notes)})" if notes else why, padding)
 
 
+def differs(
+    model: Any, path: Path, kernel: str, longest: int, autocast: Autocast = contextlib.nullcontext
+) -> str | None:
+    """How a model whose layers were compiled fails to give its own numbers in a path, or None.
+
+    kernel: the attention of the model's own; longest: as for `choose`.
+    """
+    with _undisturbed(model):
+        with torch.compiler.set_stance("force_eager"):
+            model.set_attn_implementation(kernel)
+            probe = _Probe(model, kernel, longest, autocast, path.padding)
+        return probe.against(path.layout, path.head)
+
+
 def _head(probe: _Probe) -> tuple[str, list[str]]:
     """The leanest exact head, tried on padded rows, and what was passed over."""
     notes: list[str] = []

@@ -64,6 +64,7 @@ ORDER = (
     "optimizers",
     "feeding",
     "gradients",
+    "sizing",
     "rowlosses",
     "timing",
     "training",

@@ -142,6 +142,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         objectives,
         probing,
         rehearsing,
+        sizing,
         starting,
         training,
     )
@@ -205,6 +206,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
             steps=len(plan),
         )
     rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
+    job = sizing.fitted(job, settings, run, accelerator, screen.say)
     with compiling.layers(job, settings, kernel, accelerator.autocast, screen.say):
         outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()

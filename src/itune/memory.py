@@ -1,4 +1,4 @@
-"""When memory runs out: how that is told from other faults, and the random state to begin again."""
+"""Memory: what is left, what was taken, how its end is told from other faults and begun again."""
 
 from __future__ import annotations
 
@@ -41,6 +41,32 @@ class Drawn:
         random.setstate(self._python)
         if self._cuda is not None:
             torch.cuda.set_rng_state(self._cuda)
+
+
+def left(device: Any) -> int | None:
+    """Bytes that this process may still take of a GPU's memory; None where nothing is measured."""
+    if device.type != "cuda":
+        return None
+    torch = sys.modules["torch"]
+    outside, _ = torch.cuda.mem_get_info(device)
+    inside = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(outside + inside)
+
+
+class Peak:
+    """The most memory of a GPU that was in use within, in `bytes` beyond that before."""
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> Peak:
+        cuda = sys.modules["torch"].cuda
+        cuda.reset_peak_memory_stats(self.device)
+        self._before = cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = sys.modules["torch"].cuda.max_memory_allocated(self.device) - self._before
 
 
 def free() -> None:

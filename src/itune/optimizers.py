@@ -34,9 +34,27 @@ def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
 
 
 def blank_state(model: Any, settings: recipes.Training) -> dict[str, Any]:
-    """The optimiser's state_dict as it is after a step, but all zeros; tensors on the CPU.
+    """The optimiser's state_dict as it is after a step, but all zeros; tensors on the CPU."""
+    state = _outline(model, settings)
+    state["state"] = {
+        number: {
+            name: torch.zeros_like(value, device="cpu") if torch.is_tensor(value) else value
+            for name, value in fields.items()
+        }
+        for number, fields in state["state"].items()
+    }
+    return state
 
-    Found on tensors without memory, so the trained ones are not touched.
+
+def state_bytes(model: Any, settings: recipes.Training) -> int:
+    """Bytes that the optimiser's state will have after a step."""
+    every = _outline(model, settings)["state"].values()
+    return sum(t.nbytes for fields in every for t in fields.values() if torch.is_tensor(t))
+
+
+def _outline(model: Any, settings: recipes.Training) -> dict[str, Any]:
+    """The optimiser's state_dict after a step, of tensors without memory; the model's are not
+    touched.
     """
     twins = [
         (name, torch.nn.Parameter(torch.empty_like(p, device="meta")))
@@ -50,13 +68,6 @@ def blank_state(model: Any, settings: recipes.Training) -> dict[str, Any]:
         twin.grad = torch.empty_like(twin)
     made.step()
     state: dict[str, Any] = made.state_dict()
-    state["state"] = {
-        number: {
-            name: torch.zeros_like(value, device="cpu") if torch.is_tensor(value) else value
-            for name, value in fields.items()
-        }
-        for number, fields in state["state"].items()
-    }
     return state
 
 

@@ -217,7 +217,7 @@ class Training(Record):
     tokens_per_step: Annotated[Whole, Field(ge=1)] = checks.TOKENS_PER_STEP
     """Tokens that one optimizer step sees, whatever the number of devices."""
     micro_batch_tokens: Annotated[Whole, Field(ge=1)] | None = None
-    """Tokens that one device holds at a time; chosen by itune when left out."""
+    """Tokens that one device holds at a time; when left out, tried on a GPU, 8,192 on a CPU."""
     max_length: Annotated[Whole, Field(ge=2)] = 1024
     """Tokens of the longest example; a longer prompt is cut, an answer never."""
     packing: Flag = True

@@ -1,0 +1,97 @@
+"""How many tokens of a micro-batch a GPU holds: one is tried, and what it took is measured.
+
+Needs torch. Only how a step is cut follows from it, not which rows it has; a CPU's memory is shared
+with everything else, and more tokens at a time are no faster there, so it keeps the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from accelerate import Accelerator
+
+from itune import batches, errors, gradients, jobs, losses, memory, optimizers, recipes, runs
+
+SHARE = 0.9  # of the free memory is filled. chosen: allocators lose some of it between blocks
+
+
+def fitted(
+    job: jobs.Job,
+    settings: recipes.Training,
+    run: runs.Run,
+    accelerator: Accelerator,
+    say: Callable[[str], None],
+) -> jobs.Job:
+    """The job with micro-batches as large as every process's memory holds, tried on this one's.
+
+    A run that goes on keeps those that it began with. `training.micro_batch_tokens` decides where
+    it is set. Gradients and random state are as before. Raises EnvironmentRefusal for a row that
+    does not fit alone.
+    """
+    if settings.micro_batch_tokens is not None or memory.left(accelerator.device) is None:
+        return job
+    chosen = int(run.manifest.get("micro_batch_tokens", 0))
+    if not chosen:
+        own, why = _tried(job, settings, accelerator)
+        chosen = gradients.least(own, accelerator)
+        say(f"micro-batches: up to {chosen:,} tokens ({why})")
+        if accelerator.is_main_process:
+            run.update(micro_batch_tokens=chosen)
+    return replace(job, plan=replace(job.plan, micro_batch_tokens=chosen))
+
+
+def _tried(job: jobs.Job, settings: recipes.Training, accelerator: Accelerator) -> tuple[int, str]:
+    """Tokens that this process's memory holds, and how that was found."""
+    plan, device = job.plan, accelerator.device
+    trained = sum(p.nbytes for p in job.model.parameters() if p.requires_grad)
+    kept = trained + optimizers.state_bytes(job.model, settings)  # gradients and moments, to come
+    rows = plan.rows(0)
+    rows = rows[(-plan.lengths[rows]).argsort(kind="stable")]
+    limit = plan.micro_batch_tokens
+    while True:
+        first = batches.micro_batches(rows, plan.lengths, limit, padded=plan.padded)[0]
+        cost = _cost(plan.lengths[first], padded=plan.padded)
+        try:
+            took = _took(job, first, accelerator) - trained
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_short(error):
+                raise
+        memory.free()
+        if len(first) == 1:
+            raise errors.EnvironmentRefusal(
+                f"training.max_length: a row of {cost:,} tokens alone does not fit the memory of "
+                f"{device}. Lower it ({settings.max_length}), set training.gradient_checkpointing, "
+                "or train an adapter."
+            )
+        limit = max(1, min(cost, limit) // 2)
+    free = memory.left(device) or 0
+    room = SHARE * free - kept
+    most = -(-settings.tokens_per_step // plan.world)
+    held = int(room * cost / max(took, 1))
+    why = f"{cost:,} took {took / 1e9:.2f} GB of the {free / 1e9:.1f} GB that are free"
+    return max(1, min(most, held)), why
+
+
+def _cost(lengths: np.ndarray, *, padded: bool) -> int:
+    return int(lengths.max()) * len(lengths) if padded else int(lengths.sum())
+
+
+def _took(job: jobs.Job, rows: np.ndarray, accelerator: Accelerator) -> int:
+    """Bytes beyond those in use that a micro-batch needs at most, its gradients among them."""
+    drawn, training = memory.Drawn(), job.model.training
+    job.model.train()
+    try:
+        with memory.Peak(accelerator.device) as peak:
+            batch = job.collate(job.corpus, rows).to(accelerator.device)
+            with accelerator.autocast():
+                loss = losses.summed(job.model, batch, head=job.path.head)
+            loss.backward()
+        return peak.bytes
+    finally:
+        job.model.train(training)
+        for p in job.model.parameters():
+            p.grad = None
+        drawn.restore()

@@ -213,6 +213,18 @@ def test_texts_of_data_and_models_are_no_markup(tmp_path: Path) -> None:
     assert huggingface_hub.ModelCard(hostile).data.eval_results[0].dataset_name == HOSTILE
 
 
+def test_a_number_that_is_none_is_told_as_such(tmp_path: Path) -> None:
+    run = made_by_hand(tmp_path / "a", {"loss": "nan", "heldout_loss": "inf"})
+    (run.dir / "evals/all").mkdir(parents=True)
+    score = {"value": "nan", "low": 0.0, "high": 1.0, "signature": "m"}
+    task = {"data": "rows.jsonl", "rows": 1, "scores": {"m": score}, "wordings": []}
+    (run.dir / "evals/all/scores.json").write_text(json.dumps({"tasks": {"nan": task}}))
+    card = huggingface_hub.ModelCard(cards.render(run, cards.WHOLE))
+    assert "The loss was nan nats a token" in card.text
+    assert "nan [0.000, 1.000]" in card.text
+    assert card.data.eval_results is None
+
+
 @pytest.mark.parametrize(
     ("path", "shown"),
     [

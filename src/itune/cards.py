@@ -6,6 +6,7 @@ Names and texts come as code or escaped, so that none of them is markup.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -144,6 +145,8 @@ class _Card:
             source = next((s for s in self.recipe.data.eval if s.path == task["data"]), None)
             general = PIPELINES.get(self.family, "text-generation")
             for key, score in task["scores"].items():
+                if not math.isfinite(score["value"]):
+                    continue
                 yield huggingface_hub.EvalResult(
                     task_type=TASKS.get(str(task.get("task")), general),
                     dataset_type=origins.public(task["data"]),
@@ -285,9 +288,9 @@ class _Card:
         heldout = made.get("heldout_loss")
         return (
             f"{made.get('trainable', 0):,} of {made.get('parameters', 0):,} parameters in "
-            f"{made['steps']:,} steps. The loss was {made['loss']:.4f} nats a token over the last "
+            f"{made['steps']:,} steps. The loss was {float(made['loss']):.4f} nats a token over the last "
             "twentieth of them"
-            + ("." if heldout is None else f", {heldout:.4f} on held-out rows at the end.")
+            + ("." if heldout is None else f", {float(heldout):.4f} on held-out rows at the end.")
         )
 
     def limits(self) -> Iterator[str]:
@@ -341,7 +344,14 @@ class _Card:
 def _evaluations(folder: Path) -> list[tuple[str, Results]]:
     """The evaluations of a run by name: `all` first, the others after it by their names."""
     paths = sorted(folder.glob("*/scores.json"), key=lambda p: (p.parent.name != "all", p.parent))
-    return [(path.parent.name, runs.read_json(path)["tasks"]) for path in paths]
+    return [(path.parent.name, _numbers(runs.read_json(path)["tasks"])) for path in paths]
+
+
+def _numbers(value: Any) -> Any:
+    """What is not finite is a text in our files, and becomes a number again."""
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    return float(value) if value in ("nan", "inf", "-inf") else value
 
 
 def _table(tasks: Results) -> Iterator[str]:

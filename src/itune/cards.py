@@ -7,7 +7,6 @@ Names and texts come as code or escaped, so that none of them is markup.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 import huggingface_hub
 import jinja2
 
-from itune import contrasts, errors, families, origins, runs, scoreboard, storage
+from itune import errors, families, origins, runs, scoreboard, storage
 
 NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("cards.md.jinja")
 ADAPTER, WHOLE, MERGED = "adapter", "whole", "merged"
-LONGEST = 200  # chosen: characters of a name
 SURE = 0.05
 AUTO = {
     families.CAUSAL: "AutoModelForCausalLM",
@@ -75,27 +73,6 @@ def repository(run: runs.Run, kind: str) -> str | None:
     """Where a run's model is on the hub, if it is there: the merged one in a place of its own."""
     name = run.manifest.get("pushed")
     return f"{name}-merged" if name and kind == MERGED else name
-
-
-# --- texts that are no markup -------------------------------------------------------------
-
-
-def code(text: object) -> str:
-    """A text as code within a line or the cell of a table."""
-    shown = " ".join(contrasts.cut(str(text), LONGEST).split())
-    return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
-
-
-def plain(text: object) -> str:
-    """A text as it is, with all that Markdown or HTML would take for their own escaped."""
-    shown = " ".join(contrasts.cut(str(text), LONGEST).split())
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|&~-])", r"\\\1", shown)
-
-
-def fence(text: str) -> str:
-    """A fence that no line of a text ends."""
-    longest = max((len(found) for found in re.findall("`+", text)), default=0)
-    return "`" * max(3, longest + 1)
 
 
 # --- what a card says ---------------------------------------------------------------------
@@ -288,8 +265,8 @@ class _Card:
         heldout = made.get("heldout_loss")
         return (
             f"{made.get('trainable', 0):,} of {made.get('parameters', 0):,} parameters in "
-            f"{made['steps']:,} steps. The loss was {float(made['loss']):.4f} nats a token over the last "
-            "twentieth of them"
+            f"{made['steps']:,} steps. The loss was {float(made['loss']):.4f} nats a token "
+            "over the last twentieth of them"
             + ("." if heldout is None else f", {float(heldout):.4f} on held-out rows at the end.")
         )
 

@@ -16,6 +16,7 @@ import huggingface_hub
 import jinja2
 
 from itune import errors, families, origins, runs, scoreboard, storage
+from itune.contrasts import code, fence, plain
 
 NAME = "README.md"
 TEMPLATE = Path(__file__).with_name("cards.md.jinja")

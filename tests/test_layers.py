@@ -90,6 +90,7 @@ ORDER = (
     "prompting",
     "starting",
     "finishing",
+    "pushing",
     "rehearsing",
     "firsts",
     "previewing",

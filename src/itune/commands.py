@@ -86,7 +86,11 @@ def train(
         else:
             screen.say(f"{command}: {recipe.name} in {run.dir}")
             _watched(recipe, run, screen)
-    _emit(common, _summary(run))
+        _emit(common, _summary(run))
+        if recipe.output.push and launching.is_main():
+            from itune import pushing
+
+            pushing.push(run, recipe, screen.say)
 
 
 def _merge_late(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
@@ -140,12 +144,15 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         models,
         objectives,
         probing,
+        pushing,
         rehearsing,
         starting,
         training,
     )
 
     _still()
+    if launching.is_main():
+        pushing.check(recipe)
     place = models.placement(recipe.model)
     settings = recipe.training
     with launching.first_prepares(run.dir):
@@ -287,6 +294,10 @@ def evaluate(common: Common, asked: Judged) -> None:
             screen.table("", table.columns, table.rows)
         screen.result("".join(f"{note}\n" for note in table.notes))
     _emit(common, result)
+    if result["run"] is not None:
+        from itune import pushing
+
+        pushing.push_cards(runs.Run(Path(result["run"])), screen.say)
 
 
 def _refuse_beside_predictions(common: Common, asked: Judged) -> None:

@@ -111,7 +111,7 @@ def test_what_is_on_the_hub_is_named_by_its_id_and_commit(tmp_path: Path) -> Non
     run = made_by_hand(
         tmp_path / "a",
         {
-            "origin": origins.of(parsed(tmp_path, "org/base"), "causal", commit),
+            "origin": {**origins.of(parsed(tmp_path, "org/base"), "causal"), "commit": commit},
             "data": report("org/rows", "d" * 40),
         },
         train={"path": "org/rows"},
@@ -134,12 +134,12 @@ def parsed(folder: Path, name: str) -> recipes.Recipe:
 
 
 def test_a_run_on_a_run_leads_to_the_hub_but_is_no_adapter_of_it(tmp_path: Path) -> None:
-    first = origins.of(parsed(tmp_path, "org/base"), "causal", "c" * 40)
+    first = origins.of(parsed(tmp_path, "org/base"), "causal")
     below = made_by_hand(tmp_path / "one", {"origin": {**first, "license": "mit"}})
     below.model_dir.mkdir()
-    again = origins.of(parsed(tmp_path, str(below.dir)), "causal", None)
+    again = origins.of(parsed(tmp_path, str(below.dir)), "causal")
     assert (again["kind"], again["name"], again["root"]) == ("run", "one", "org/base")
-    assert origins.of(parsed(tmp_path, str(below.model_dir)), "causal", None) == again
+    assert origins.of(parsed(tmp_path, str(below.model_dir)), "causal") == again
     run = made_by_hand(
         tmp_path / "two",
         {"origin": again},
@@ -166,7 +166,7 @@ def test_a_license_is_the_bases_where_it_names_one(
 ) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text(f"---\n{front}\n---\n\n# base\n")
-    found = origins.of(parsed(tmp_path, str(tmp_path / "base")), "causal", None)
+    found = origins.of(parsed(tmp_path, str(tmp_path / "base")), "causal")
     assert found["license"] == license
 
 
@@ -188,7 +188,7 @@ def test_texts_of_data_and_models_are_no_markup(tmp_path: Path) -> None:
         run = made_by_hand(
             tmp_path / name,
             {
-                "origin": {**origins.of(parsed(tmp_path, "a/b"), "causal", None), "kind": "folder"}
+                "origin": {**origins.of(parsed(tmp_path, "a/b"), "causal"), "kind": "folder"}
                 | {"name": text},
                 "data": report(text, None),
                 "computing": text,

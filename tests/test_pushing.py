@@ -15,6 +15,8 @@ from conftest import Itune, sentences
 from itune import recipes
 
 Cli = Callable[..., Any]
+# huggingface_hub's own call of its HTTP client.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 TOKEN = "hf_" + "Ab1" * 10
 RECIPE: dict[str, Any] = {
     "adapter": {"peft_type": "lora", "r": 4, "target_modules": "all-linear"},

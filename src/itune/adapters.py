@@ -87,11 +87,12 @@ def attach(
     base: str,
     seed: int,
     family: str = families.CAUSAL,
+    revision: str | None = None,
 ) -> Any:
     """The model with a fresh adapter, its base frozen; without settings, the model itself.
 
-    `base` is written into the adapter's own config, so that it loads by `peft` alone; of a model of
-    the hub with its commit, so that it goes on these very weights.
+    `base` is written into the adapter's own config, so that it loads by `peft` alone; with the
+    commit (`revision`) of a model of the hub, so that it goes on these very weights.
     """
     if settings is None:
         return model
@@ -101,8 +102,7 @@ def attach(
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
-        commit = getattr(model.config, "_commit_hash", None)
-        return peft.get_peft_model(model, wanted, revision=commit)
+        return peft.get_peft_model(model, wanted, revision=revision)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise errors.RecipeError(
             f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"

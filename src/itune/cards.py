@@ -85,7 +85,7 @@ class _Card:
     def __init__(self, run: runs.Run, kind: str) -> None:
         self.recipe, self.manifest, self.kind = run.recipe, run.manifest, kind
         self.origin = self.manifest.get("origin") or origins.of(
-            self.recipe, self.recipe.model.family or families.CAUSAL, None
+            self.recipe, self.recipe.model.family or families.CAUSAL
         )
         self.family = str(self.origin["family"])
         self.evaluations = _evaluations(run.dir / "evals")

@@ -143,6 +143,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         jobs,
         models,
         objectives,
+        origins,
         probing,
         pushing,
         rehearsing,
@@ -168,7 +169,12 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     models.check_fits(model, corpus, settings.max_length)
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     model = adapters.attach(
-        model, recipe.adapter, base=base, seed=settings.seed, family=encoder.family
+        model,
+        recipe.adapter,
+        base=base,
+        seed=settings.seed,
+        family=encoder.family,
+        revision=origins.commit(base, recipe.model.revision),
     )
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)

@@ -82,7 +82,7 @@ def finish(
         model.generation_config.save_pretrained(staged)
     encoder.tokenizer.save_pretrained(staged)
     run.update(
-        origin=origins.of(recipe, encoder.family, getattr(model.config, "_commit_hash", None)),
+        origin=origins.of(recipe, encoder.family),
         memory=_memory(),
         **asdict(outcome),
     )

@@ -20,11 +20,19 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")
 
 
-def of(recipe: recipes.Recipe, family: str, commit: str | None) -> dict[str, Any]:
+def commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model of the hub that was loaded, from where the cache keeps it."""
+    if Path(name).expanduser().is_dir():
+        return None
+    kept = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(kept).parent.name if isinstance(kept, str) else None
+
+
+def of(recipe: recipes.Recipe, family: str) -> dict[str, Any]:
     """What run.json keeps of a base: its kind, its name, commit and license where known.
 
     `root` is the model of the hub at the bottom, through any number of runs; None where there is
-    none. commit: that of a model of the hub.
+    none.
     """
     name = recipe.model.name
     made: dict[str, Any] = {"family": family, "commit": None, "license": None, "root": None}
@@ -33,8 +41,9 @@ def of(recipe: recipes.Recipe, family: str, commit: str | None) -> dict[str, Any
         return {**made, "kind": SCRATCH, "name": scratch.model_type if scratch else "nothing"}
     path = Path(name).expanduser()
     if not path.is_dir():
-        card = huggingface_hub.try_to_load_from_cache(name, "README.md", revision=commit)
-        made.update(kind=HUB, name=name, root=name, commit=commit)
+        found = commit(name, recipe.model.revision)
+        card = huggingface_hub.try_to_load_from_cache(name, "README.md", revision=found)
+        made.update(kind=HUB, name=name, root=name, commit=found)
         return {**made, "license": _license(Path(card)) if isinstance(card, str) else None}
     folder = path.absolute()
     made["license"] = _license(folder / "README.md")

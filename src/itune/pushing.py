@@ -172,7 +172,7 @@ def _told(name: str) -> Iterator[None]:
         foreign = type(error).__module__.partition(".")[0].startswith(("httpx", "huggingface_hub"))
         if not foreign and not isinstance(error, OSError | RuntimeError):
             raise
-        text = errors.inert(errors.masked(" ".join(str(error).split())))[:200]
+        text = errors.inert(errors.masked(" ".join(str(chain[-1]).split())))[:200]
         raise Unreachable(f"{place}the hub cannot be reached: {text}.") from error
 
 

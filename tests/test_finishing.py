@@ -139,3 +139,58 @@ def test_a_run_that_took_no_step_is_in_nobodys_way(folder: Path, cli: Cli) -> No
     other = cli("tune", "-r", "lora.yaml", "-s", "training.seed=5")
     assert other.code == 2
     assert "another recipe" in other.err
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_what_changes_its_base_is_saved_as_a_plain_lora_for_the_base_as_it_is(
+    start: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    from itune import finishing
+
+    ids, told = torch.arange(4, 40)[None], []
+    save = finishing.adapters.save
+
+    def saving(model: Any, *given: Any) -> None:
+        model.eval()
+        with torch.inference_mode():
+            told.append(model(ids).logits)
+        save(model, *given)
+
+    monkeypatch.setattr(finishing.adapters, "save", saving)
+    sets = ("-s", f"adapter.init_lora_weights={start}", "-s", "output.merge=true")
+    made = cli("tune", "-r", "lora.yaml", *sets, "-s", "training.learning_rate=0.05")
+    assert made.code == 0, made.err
+    run = folder / "runs/lora"
+    assert not (run / ".start").exists()
+    settings = json.loads((run / "model/adapter_config.json").read_text())
+    assert (settings["init_lora_weights"], settings["r"]) == (True, 8)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.inference_mode():
+        untuned = base.eval()(ids).logits
+        alone = peft.PeftModel.from_pretrained(base, run / "model").eval()(ids).logits
+        whole = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()(ids).logits
+    assert (alone - told[0]).abs().max() < 1e-5
+    assert (whole - told[0]).abs().max() < 1e-5
+    assert (untuned - told[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": "olora", "modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa_niter_4", "bias": "all"},
+        {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "lora_ga"},
+    ],
+)
+def test_a_start_that_could_not_be_saved_plain_is_refused(fields: dict[str, Any]) -> None:
+    from itune import adapters, errors
+
+    with pytest.raises(errors.RecipeError, match=r"adapter\.init_lora_weights: "):
+        adapters.config({"peft_type": "lora", **fields})

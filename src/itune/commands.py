@@ -176,6 +176,8 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         family=encoder.family,
         revision=origins.commit(base, recipe.model.revision),
     )
+    if accelerator.is_main_process and recipe.adapter is not None:
+        adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)
     kernel = model.config._attn_implementation

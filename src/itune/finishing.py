@@ -32,6 +32,7 @@ from itune import (
 )
 
 Say = Callable[[str], None]
+START = ".start"  # an adapter before its first step, where saving needs it
 NO_CACHE: dict[str, Any] = {"use_cache": False}
 
 
@@ -77,7 +78,7 @@ def finish(
         start = getattr(model.config, "decoder_start_token_id", None)
         model.generation_config.decoder_start_token_id = start
         model.config.use_cache = True
-    model.save_pretrained(staged)
+    adapters.save(model, recipe.adapter, staged, run.dir / START)
     if encoder.family != families.MASKED:
         model.generation_config.save_pretrained(staged)
     encoder.tokenizer.save_pretrained(staged)
@@ -91,6 +92,8 @@ def finish(
     if run.model_dir.is_dir():  # of a run that was killed before it said that it is finished
         storage.DISK.remove(run.model_dir)
     storage.DISK.rename(staged, run.model_dir)
+    if (run.dir / START).is_dir():
+        storage.DISK.remove(run.dir / START)
     now = datetime.datetime.now(datetime.timezone.utc)
     run.update(state="finished", finished=now.isoformat("T", "microseconds"))
     heldout = "" if outcome.heldout_loss is None else f", held-out loss {outcome.heldout_loss:.4f}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from itune import errors, families
+from itune import errors, families, launching
 
 START = "start"  # of an adapter that is not saved as it is trained
 # What peft calls a family's task. It has none for masks, and its model for features hands on
@@ -221,7 +221,14 @@ def folded(base: Any, location: str) -> Any:
 
 def merged_or_not(loaded: Any) -> Any:
     """An adapter on its base, folded in; as it was where it cannot be folded in."""
-    if prepends(loaded) or not hasattr(loaded, "merge_and_unload") or not _folds(loaded):
+    if prepends(loaded):
+        return loaded  # tokens that are set before a text are no part of any weight
+    if not hasattr(loaded, "merge_and_unload") or not _folds(loaded):
+        kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
+        launching.warn(
+            f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
+            "same answers, a little slower."
+        )
         return loaded
     try:
         return loaded.merge_and_unload()

@@ -3,10 +3,15 @@
 Layout: ROOT/models/ORGANISATION/NAME/, and datasets and spaces alike, one revision each, which
 every revision asked for is taken for. Clients find it by HF_ENDPOINT, which they read when first
 imported: so it serves processes that are started afterwards.
+
+Who may do what stands in files that are read at each request: ROOT/writers and ROOT/readers hold
+tokens, one a line; ROOT/private the repositories (`models/org/name`) that others do not see.
+Models take commits, of files in the request and of large ones by Git LFS (HF_HUB_DISABLE_XET=1).
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
@@ -22,6 +27,8 @@ from urllib.parse import unquote, urlsplit
 KINDS = ("models", "datasets", "spaces")
 API = re.compile(r"/api/(?P<kind>models|datasets|spaces)/(?P<id>[^/]+/[^/]+)(?P<rest>/.*)?")
 FILE = re.compile(r"/(?P<kind>datasets/|spaces/)?(?P<id>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
+BATCH = re.compile(r"/(?P<id>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+OBJECT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
 RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
@@ -32,6 +39,7 @@ class Repository:
     kind: str
     id: str
     folder: Path
+    private: bool = False
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
@@ -49,7 +57,7 @@ class Repository:
             "id": self.id,
             "modelId": self.id,
             "sha": self.sha(),
-            "private": False,
+            "private": self.private,
             "gated": False,
             "disabled": False,
             "tags": [],
@@ -96,7 +104,13 @@ class Hub(ThreadingHTTPServer):
 
     def repository(self, kind: str, id_: str) -> Repository | None:
         folder = self.root / kind / id_
-        return Repository(kind, id_, folder) if folder.is_dir() else None
+        private = f"{kind}/{id_}" in self.lines("private")
+        return Repository(kind, id_, folder, private) if folder.is_dir() else None
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of one of the files that say who may do what."""
+        path = self.root / name
+        return path.read_text(encoding="utf-8").split() if path.is_file() else []
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -120,18 +134,130 @@ class Answer(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """`paths-info`: what of the paths asked for there is."""
+        """`paths-info`, what of the paths asked for there is; and all that belongs to a commit."""
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {path}")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         match = API.fullmatch(path)
-        if match is None or not (match["rest"] or "").startswith("/paths-info/"):
-            return self.missing("EntryNotFound")
-        repository = self.server.repository(match["kind"], match["id"])
+        verb = (match["rest"] or "").split("/")[1] if match and match["rest"] else ""
+        if match and verb == "paths-info":
+            self.paths_info(match["kind"], match["id"], json.loads(body)["paths"])
+        elif not self.may_write():
+            pass
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif path == "/api/validate-yaml":
+            self.json({"warnings": [], "errors": []})
+        elif match and verb == "preupload":
+            self.preupload(json.loads(body)["files"])
+        elif match and verb == "commit":
+            self.commit(match["kind"], match["id"], [json.loads(x) for x in body.splitlines()])
+        elif BATCH.fullmatch(path):
+            self.batch(json.loads(body)["objects"])
+        else:
+            self.missing("EntryNotFound")
+
+    def do_PUT(self) -> None:
+        """A large file, before the commit that names it."""
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
+        body, match = self.body(), OBJECT.fullmatch(path)
+        if match is None or hashlib.sha256(body).hexdigest() != match["oid"]:
+            return self.send(400, b"", {})
+        large = self.server.root / "lfs"
+        large.mkdir(exist_ok=True)
+        (large / match["oid"]).write_bytes(body)
+        return self.send(200, b"", {})
+
+    def body(self) -> bytes:
+        """What was sent, whole or in chunks."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while length := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(length))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    # --- who may do what ---
+
+    def token(self) -> str:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
+    def may_read(self, repository: Repository) -> bool:
+        known = (*self.server.lines("writers"), *self.server.lines("readers"))
+        return not repository.private or self.token() in known
+
+    def may_write(self) -> bool:
+        """Whether the token may; if not, the request is answered."""
+        if self.token() in self.server.lines("writers"):
+            return True
+        known = self.token() in self.server.lines("readers")
+        self.send(403 if known else 401, b'{"error": "not you"}', {})
+        return False
+
+    # --- writing ---
+
+    def paths_info(self, kind: str, id_: str, names: list[str]) -> None:
+        repository = self.server.repository(kind, id_)
         if repository is None:
             return self.missing("RepoNotFound")
-        found = [repository.inside(name) for name in json.loads(body)["paths"]]
+        found = [repository.inside(name) for name in names]
         return self.json([repository.entry(path) for path in found if path])
+
+    def create(self, asked: dict[str, Any]) -> None:
+        kind, id_ = f"{asked.get('type') or 'model'}s", f"{asked['organization']}/{asked['name']}"
+        folder = self.server.root / kind / id_
+        url = f"http://{self.headers['Host']}/{id_}"
+        if folder.is_dir():
+            said = json.dumps({"error": "You already created this repo", "url": url})
+            return self.send(409, said.encode(), {"Content-Type": "application/json"})
+        folder.mkdir(parents=True)
+        if asked.get("visibility") == "private":
+            with (self.server.root / "private").open("a", encoding="utf-8") as file:
+                file.write(f"{kind}/{id_}\n")
+        return self.json({"url": url, "name": id_})
+
+    def preupload(self, files: list[dict[str, Any]]) -> None:
+        answers = [
+            {
+                "path": each["path"],
+                "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for each in files
+        ]
+        self.json({"files": answers})
+
+    def batch(self, objects: list[dict[str, Any]]) -> None:
+        found = []
+        for each in objects:
+            there = (self.server.root / "lfs" / each["oid"]).is_file()
+            href = f"http://{self.headers['Host']}/lfs/{each['oid']}"
+            upload = {} if there else {"actions": {"upload": {"href": href}}}
+            found.append({"oid": each["oid"], "size": each["size"], **upload})
+        self.json({"transfer": "basic", "objects": found})
+
+    def commit(self, kind: str, id_: str, lines: list[dict[str, Any]]) -> None:
+        repository = self.server.repository(kind, id_)
+        if repository is None:
+            return self.missing("RepoNotFound")
+        for line in lines[1:]:
+            path = repository.folder / line["value"]["path"]
+            if line["key"] == "deletedFile":
+                path.unlink()
+                continue
+            if line["key"] == "lfsFile":
+                content = (self.server.root / "lfs" / line["value"]["oid"]).read_bytes()
+            else:
+                content = base64.b64decode(line["value"]["content"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        url = f"http://{self.headers['Host']}/{id_}/commit/{repository.sha()}"
+        return self.json({"success": True, "commitOid": repository.sha(), "commitUrl": url})
+
+    # --- reading ---
 
     def listing(self, kind: str) -> None:
         folders = sorted(path for path in self.server.root.glob(f"{kind}/*/*") if path.is_dir())
@@ -140,7 +266,7 @@ class Answer(BaseHTTPRequestHandler):
     def api(self, kind: str, id_: str, rest: str) -> None:
         repository = self.server.repository(kind, id_)
         verb, _, tail = rest.partition("/")
-        if repository is None:
+        if repository is None or not self.may_read(repository):
             self.missing("RepoNotFound", status=401)  # as the real one says to strangers
         elif verb in ("", "revision"):
             self.json(repository.info())
@@ -162,7 +288,7 @@ class Answer(BaseHTTPRequestHandler):
 
     def resolve(self, kind: str, id_: str, name: str) -> None:
         repository = self.server.repository(kind, id_)
-        if repository is None:
+        if repository is None or not self.may_read(repository):
             return self.missing("RepoNotFound", status=401)
         path = repository.inside(name)
         if path is None or not path.is_file():

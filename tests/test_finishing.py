@@ -139,3 +139,127 @@ def test_a_run_that_took_no_step_is_in_nobodys_way(folder: Path, cli: Cli) -> No
     other = cli("tune", "-r", "lora.yaml", "-s", "training.seed=5")
     assert other.code == 2
     assert "another recipe" in other.err
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_what_changes_its_base_is_saved_as_a_plain_lora_for_the_base_as_it_is(
+    start: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    from itune import finishing
+
+    ids, told = torch.arange(4, 40)[None], []
+    save = finishing.adapters.save
+
+    def saving(model: Any, *given: Any) -> None:
+        model.eval()
+        with torch.inference_mode():
+            told.append(model(ids).logits)
+        save(model, *given)
+
+    monkeypatch.setattr(finishing.adapters, "save", saving)
+    sets = ("-s", f"adapter.init_lora_weights={start}", "-s", "output.merge=true")
+    made = cli("tune", "-r", "lora.yaml", *sets, "-s", "training.learning_rate=0.05")
+    assert made.code == 0, made.err
+    run = folder / "runs/lora"
+    assert not (run / ".start").exists()
+    settings = json.loads((run / "model/adapter_config.json").read_text())
+    assert (settings["init_lora_weights"], settings["r"]) == (True, 8)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.inference_mode():
+        untuned = base.eval()(ids).logits
+        alone = peft.PeftModel.from_pretrained(base, run / "model").eval()(ids).logits
+        whole = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()(ids).logits
+    assert (alone - told[0]).abs().max() < 1e-5
+    assert (whole - told[0]).abs().max() < 1e-5
+    assert (untuned - told[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"init_lora_weights": "pissa", "use_dora": True},
+        {"init_lora_weights": "olora", "modules_to_save": ["lm_head"]},
+        {"init_lora_weights": "pissa_niter_4", "bias": "all"},
+        {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "lora_ga"},
+    ],
+)
+def test_a_start_that_could_not_be_saved_plain_is_refused(fields: dict[str, Any]) -> None:
+    from itune import adapters, errors
+
+    with pytest.raises(errors.RecipeError, match=r"adapter\.init_lora_weights: "):
+        adapters.config({"peft_type": "lora", **fields})
+
+
+def test_nothing_is_tuned_on_top_of_what_cannot_be_folded_in(folder: Path, cli: Cli) -> None:
+    soft = ("-s", "adapter={peft_type: prompt_tuning, num_virtual_tokens: 4}")
+    assert cli("tune", "-r", "lora.yaml", *soft, "-o", "runs/soft").code == 0
+    ended = cli("tune", "-r", "lora.yaml", "-s", "model.name=runs/soft", "-o", "runs/on")
+    assert ended.code == 2, ended.err
+    assert "runs/soft: its adapter cannot be folded into its base" in ended.err
+    assert not (folder / "runs/on/log.jsonl").exists()
+
+
+ALONE = """
+import json, sys
+sys.modules["itune"] = None  # importing it fails from here on
+import peft, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+transformers.utils.logging.set_verbosity_error()
+adapter, merged, base, prompt = "runs/lora/model", "runs/lora/merged", "model", sys.argv[1]
+asked = [{"role": "user", "content": prompt}]
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+inputs = tokenizer.apply_chat_template(
+    asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+ways = {
+    "PeftModel": peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), adapter),
+    "AutoPeft": peft.AutoPeftModelForCausalLM.from_pretrained(adapter),
+    "AutoModel": AutoModelForCausalLM.from_pretrained(adapter),
+    "merged": AutoModelForCausalLM.from_pretrained(merged),
+}
+settings = GenerationConfig.from_pretrained(adapter)
+answers, logits = {}, {}
+with torch.inference_mode():
+    for name, model in ways.items():
+        logits[name] = model.eval()(**inputs).logits
+        out = model.generate(**inputs, generation_config=settings)[0, inputs["input_ids"].shape[1]:]
+        answers[name] = tokenizer.decode(out, skip_special_tokens=True)
+apart = max(float((each - logits["PeftModel"]).abs().max()) for each in logits.values())
+piped = transformers.pipeline("text-generation", model=merged)(asked)
+answers["pipeline"] = piped[0]["generated_text"][-1]["content"]
+print(json.dumps({"answers": answers, "apart": apart, "stops": settings.eos_token_id}))
+"""
+
+
+@pytest.mark.slow
+def test_what_comes_out_loads_and_answers_alike_with_no_itune_installed(
+    folder: Path, cli: Cli
+) -> None:
+    import os
+    import subprocess
+    import sys
+
+    assert cli("tune", "-r", "lora.yaml", "-s", "output.merge=true").code == 0
+    ended = cli("generate", "--json", "--run", "runs/lora", "Where is 7?")
+    ours = json.loads(ended.out)["response"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, "Where is 7?"],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert {each.strip() for each in told["answers"].values()} == {ours.strip()}
+    assert told["apart"] < 1e-4
+    assert told["stops"] == [1]
+    for name in ("model", "merged"):
+        templates = list((folder / "runs/lora" / name).glob("**/*.jinja"))
+        assert [each.name for each in templates] == ["chat_template.jinja"]
+        settings = json.loads((folder / "runs/lora" / name / "tokenizer_config.json").read_text())
+        assert "chat_template" not in settings

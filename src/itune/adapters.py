@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from itune import errors, families
+from itune import errors, families, launching
 
+START = "start"  # of an adapter that is not saved as it is trained
 # What peft calls a family's task. It has none for masks, and its model for features hands on
 # whatever its base gives.
 TASKS = {
@@ -45,11 +47,29 @@ def _refuse_broken(kind: str, given: Mapping[str, Any]) -> None:
             "adapter.init_lora_weights: loftq: peft computes it on a GPU alone, and there is none. "
             "Leave it out, or set it to pissa."
         )
-    if given.get("init_lora_weights") == "eva":
+    start = given.get("init_lora_weights")
+    if start in ("eva", "corda", "lora_ga"):
         raise errors.RecipeError(
-            "adapter.init_lora_weights: eva: it looks at training rows before the first step, "
+            f"adapter.init_lora_weights: {start}: it looks at training rows before the first step, "
             "which no recipe can tell it. Leave it out, or set it to pissa."
         )
+    unkept = [name for name in UNKEPT if given.get(name) not in (None, False, "none")]
+    if given.get("use_rslora") and (given.get("rank_pattern") or given.get("alpha_pattern")):
+        unkept.append("use_rslora with a pattern")
+    if changes_base(given) and unkept:
+        raise errors.RecipeError(
+            f"adapter.init_lora_weights: {start}: beside {unkept[0]} it cannot be saved as a plain "
+            "LoRA for the base as others have it. Leave one of the two out."
+        )
+
+
+# What peft leaves out when it turns such an adapter into a plain one.
+UNKEPT = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias")
+
+
+def changes_base(settings: Mapping[str, Any]) -> bool:
+    """Whether a method takes a part out of the base's own weights and trains that: PiSSA, OLoRA."""
+    return str(settings.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
 
 
 def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
@@ -87,10 +107,12 @@ def attach(
     base: str,
     seed: int,
     family: str = families.CAUSAL,
+    revision: str | None = None,
 ) -> Any:
     """The model with a fresh adapter, its base frozen; without settings, the model itself.
 
-    `base` is written into the adapter's own config, so that it loads by `peft` alone.
+    `base` is written into the adapter's own config, so that it loads by `peft` alone; with the
+    commit (`revision`) of a model of the hub, so that it goes on these very weights.
     """
     if settings is None:
         return model
@@ -100,11 +122,35 @@ def attach(
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
-        return peft.get_peft_model(model, wanted)
+        return peft.get_peft_model(model, wanted, revision=revision)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise errors.RecipeError(
             f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
+
+
+def keep_start(model: Any, settings: Mapping[str, Any], folder: Path) -> None:
+    """Keep a fresh adapter that changed its base: `save` needs what it took out."""
+    if changes_base(settings):
+        model.save_pretrained(folder / START)
+
+
+def save(model: Any, settings: Mapping[str, Any] | None, folder: Path, start: Path) -> None:
+    """Save an adapter, or a whole model where there are no settings.
+
+    One that changed its base is turned into a plain LoRA of twice the rank for the base as it was:
+    W + AB - A0 B0 (https://huggingface.co/docs/peft, `path_initial_model_for_weight_conversion`).
+    start: the folder that `keep_start` was given.
+    """
+    if settings is None or not changes_base(settings):
+        model.save_pretrained(folder)
+        return
+    with warnings.catch_warnings():
+        # Of the gap under few bits, which merging into the float base leaves too; and that the two
+        # adapters do not go together, which for this moment are not used.
+        warnings.filterwarnings("ignore", "Note that Quant", UserWarning)
+        warnings.filterwarnings("ignore", ".*changes the base weights", UserWarning)
+        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start / START))
 
 
 def prepends(model: Any) -> bool:
@@ -175,7 +221,14 @@ def folded(base: Any, location: str) -> Any:
 
 def merged_or_not(loaded: Any) -> Any:
     """An adapter on its base, folded in; as it was where it cannot be folded in."""
-    if prepends(loaded) or not hasattr(loaded, "merge_and_unload") or not _folds(loaded):
+    if prepends(loaded):
+        return loaded  # tokens that are set before a text are no part of any weight
+    if not hasattr(loaded, "merge_and_unload") or not _folds(loaded):
+        kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
+        launching.warn(
+            f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
+            "same answers, a little slower."
+        )
         return loaded
     try:
         return loaded.merge_and_unload()

@@ -86,7 +86,11 @@ def train(
         else:
             screen.say(f"{command}: {recipe.name} in {run.dir}")
             _watched(recipe, run, screen)
-    _emit(common, _summary(run))
+        _emit(common, _summary(run))
+        if recipe.output.push and launching.is_main():
+            from itune import pushing
+
+            pushing.push(run, recipe, screen.say)
 
 
 def _merge_late(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
@@ -140,7 +144,9 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         jobs,
         models,
         objectives,
+        origins,
         probing,
+        pushing,
         rehearsing,
         sizing,
         starting,
@@ -148,6 +154,8 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     )
 
     _still()
+    if launching.is_main():
+        pushing.check(recipe)
     place = models.placement(recipe.model)
     settings = recipe.training
     with launching.first_prepares(run.dir):
@@ -163,8 +171,15 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     models.check_fits(model, corpus, settings.max_length)
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     model = adapters.attach(
-        model, recipe.adapter, base=base, seed=settings.seed, family=encoder.family
+        model,
+        recipe.adapter,
+        base=base,
+        seed=settings.seed,
+        family=encoder.family,
+        revision=origins.commit(base, recipe.model.revision),
     )
+    if accelerator.is_main_process and recipe.adapter is not None:
+        adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)
     kernel = model.config._attn_implementation
@@ -291,6 +306,10 @@ def evaluate(common: Common, asked: Judged) -> None:
             screen.table("", table.columns, table.rows)
         screen.result("".join(f"{note}\n" for note in table.notes))
     _emit(common, result)
+    if result["run"] is not None:
+        from itune import pushing
+
+        pushing.push_cards(runs.Run(Path(result["run"])), screen.say)
 
 
 def _refuse_beside_predictions(common: Common, asked: Judged) -> None:

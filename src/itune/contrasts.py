@@ -11,6 +11,7 @@ from typing import NamedTuple
 MOST = 1500  # chosen: characters shown of one text; a page of 20 samples stays below 1 MB
 # Words; a character of a script without spaces is one.
 WORDS = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uf900-\ufaff]|\w+|\s+|.")
+NAMES = 200  # chosen: characters of a name in a card
 JOINERS = "\u200c\u200d"  # within words of Persian and Hindi, and within pictures
 
 
@@ -70,3 +71,24 @@ def _shared(words: Sequence[str], others: Sequence[str]) -> list[bool]:
     for start, _, size in matcher.get_matching_blocks():
         kept[start : start + size] = [True] * size
     return kept
+
+
+# --- in Markdown --------------------------------------------------------------------------
+
+
+def code(text: object) -> str:
+    """A text as code within a line or the cell of a table."""
+    shown = " ".join(cut(str(text), NAMES).split())
+    return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
+
+
+def plain(text: object) -> str:
+    """A text as it is, with all that Markdown or HTML would take for their own escaped."""
+    shown = " ".join(cut(str(text), NAMES).split())
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|&~-])", r"\\\1", shown)
+
+
+def fence(text: str) -> str:
+    """A fence that no line of a text ends."""
+    longest = max((len(found) for found in re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)

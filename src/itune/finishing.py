@@ -18,10 +18,12 @@ import torch
 
 from itune import (
     adapters,
+    cards,
     decoding,
     encoding,
     families,
     models,
+    origins,
     recipes,
     reports,
     runs,
@@ -30,6 +32,7 @@ from itune import (
 )
 
 Say = Callable[[str], None]
+START = ".start"  # an adapter before its first step, where saving needs it
 NO_CACHE: dict[str, Any] = {"use_cache": False}
 
 
@@ -75,21 +78,24 @@ def finish(
         start = getattr(model.config, "decoder_start_token_id", None)
         model.generation_config.decoder_start_token_id = start
         model.config.use_cache = True
-    model.save_pretrained(staged)
+    adapters.save(model, recipe.adapter, staged, run.dir / START)
     if encoder.family != families.MASKED:
         model.generation_config.save_pretrained(staged)
     encoder.tokenizer.save_pretrained(staged)
-    storage.write(staged / "README.md", runs.card(run, recipe, asdict(outcome)))
-    if run.model_dir.is_dir():  # of a run that was killed before it said that it is finished
-        storage.DISK.remove(run.model_dir)
-    storage.DISK.rename(staged, run.model_dir)
-    now = datetime.datetime.now(datetime.timezone.utc)
     run.update(
-        state="finished",
-        finished=now.isoformat("T", "microseconds"),
+        origin=origins.of(recipe, encoder.family),
         memory=_memory(),
         **asdict(outcome),
     )
+    kind = cards.ADAPTER if recipe.adapter else cards.WHOLE
+    storage.write(staged / cards.NAME, cards.render(run, kind))
+    if run.model_dir.is_dir():  # of a run that was killed before it said that it is finished
+        storage.DISK.remove(run.model_dir)
+    storage.DISK.rename(staged, run.model_dir)
+    if (run.dir / START).is_dir():
+        storage.DISK.remove(run.dir / START)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    run.update(state="finished", finished=now.isoformat("T", "microseconds"))
     heldout = "" if outcome.heldout_loss is None else f", held-out loss {outcome.heldout_loss:.4f}"
     say(
         f"done: {outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s "
@@ -125,6 +131,7 @@ def merge(run: runs.Run, say: Say) -> None:
     encoder.tokenizer.save_pretrained(staged)
     if encoder.family != families.MASKED:
         shutil.copy(run.model_dir / "generation_config.json", staged)
+    storage.write(staged / cards.NAME, cards.render(run, cards.MERGED))
     folder = run.dir / "merged"
     if folder.is_dir():
         storage.DISK.remove(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from itune import (
+    cards,
     contamination,
     errors,
     predictions,
@@ -124,6 +125,7 @@ def of_model(
         tasks[task.name] = results.scored(
             task.name, task.path, made[task.name], ways[task.name], rival
         )
+        tasks[task.name]["task"] = task.template.task
     for name, (path, sums) in losses.items():
         tasks[name] = results.perplexity(
             name, path, sums, rival, results.Way((), recipe.evaluation)
@@ -136,6 +138,7 @@ def of_model(
         _keep(folder, ours, made, rival, result)
         say(f"scores and predictions: {folder}")
     if run is not None and folder is not None and folder.parent == run.dir / "evals":
+        cards.write(run)
         say(f"report: {reports.write(run)}")
     return result
 

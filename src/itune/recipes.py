@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +28,11 @@ UNDECIDING = (
     "data.allow_overlap",
     "training.row_losses",
     "training.profile",
+)
+# What the hub takes, with room for `-merged`.
+REPOSITORY = re.compile(
+    r"(?=[^/]{1,80}/[^/]{1,80}$)(?!.*(--|\.\.))[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9_])?/\w(?:[\w.-]*\w)?(?<!\.git)",
+    re.ASCII,
 )
 
 
@@ -282,6 +288,21 @@ class Output(Record):
     """The run's folder; `runs/` and the recipe's name when left out. `--output` says the same."""
     merge: Flag = False
     """Also write the model with the adapter folded in."""
+    push: Text | None = None
+    """The repository on the hub, `org/name`, to which the model is uploaded when it is finished; a
+    merged one goes to `org/name-merged`. The hub's own token is taken (`hf auth login`)."""
+    private: Flag = True
+    """Whether that repository is made private."""
+
+    @pydantic.field_validator("push")
+    @classmethod
+    def _can_be_a_repository(cls, value: str | None) -> str | None:
+        if value is not None and not REPOSITORY.fullmatch(value):
+            raise ValueError(
+                f"{errors.shown(value)} is no repository of the hub. Write ORGANISATION/NAME: "
+                "letters, digits, `-`, `_` and `.`, no two of the last three together, at most 80."
+            )
+        return value
 
     @pydantic.field_validator("dir")
     @classmethod

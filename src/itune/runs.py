@@ -283,35 +283,6 @@ def joined(run: Run, launch: str, *, fresh: bool, seconds: float = 120.0) -> str
     raise errors.RunError(f"{run.dir}: was not opened by the first process.")
 
 
-def card(run: Run, recipe: recipes.Recipe, outcome: Mapping[str, Any]) -> str:
-    """The model card: what it was made from and how, for whoever meets the folder alone."""
-    manifest = run.manifest
-    base = recipe.model.name or "random weights"
-    front = [f"base_model: {base}"] if recipe.model.name else []
-    front += [f"library_name: {'peft' if recipe.adapter else 'transformers'}", "tags: [itune]"]
-    sources = ", ".join(sorted({source.path for source in recipe.data.train}))
-    heldout = outcome.get("heldout_loss")
-    loss = f"{outcome['loss']:.4f}" + ("" if heldout is None else f", held-out {heldout:.4f}")
-    return "\n".join(
-        [
-            "---",
-            *front,
-            "---",
-            f"# {recipe.name}",
-            "",
-            f"Made by `itune {manifest['command']}` {itune.__version__} from {base}, on {sources}: "
-            f"{outcome['steps']} steps, {outcome['tokens']:,} tokens, loss {loss} nats a token.",
-            "",
-            "The recipe:",
-            "",
-            "```yaml",
-            recipes.dump(recipe).strip(),
-            "```",
-            "",
-        ]
-    )
-
-
 # --- finding ------------------------------------------------------------------------------
 
 

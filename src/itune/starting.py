@@ -114,11 +114,18 @@ def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -
 
 
 def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -> Any:
-    """The model that a run starts from."""
+    """The model that a run starts from. Raises RecipeError for an adapter that stays one."""
+    import peft
+
     if recipe.model.from_scratch is None:
         model = models.load(
             recipe.model, place, full=recipe.adapter is None, quantization=recipe.quantization
         )
+        if isinstance(model, peft.PeftModel):
+            raise errors.RecipeError(
+                f"model.name: {recipe.model.name}: its adapter cannot be folded into its base, so "
+                "nothing can be tuned on top of it. Name its base."
+            )
     else:
         model = models.build(recipe.model, tokenizer, place, recipe.training.seed)
     if recipe.training.use_liger_kernel:

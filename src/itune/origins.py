@@ -1,0 +1,97 @@
+"""What a model was made from, by names that mean something on another machine.
+
+What is on the hub has its id there; a folder has the last part of its path alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+
+from itune import errors, recipes, runs, yamls
+
+HUB, FOLDER, RUN, SCRATCH = "hub", "folder", "run", "scratch"
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")
+
+
+def commit(name: str, revision: str | None) -> str | None:
+    """The commit of a model of the hub that was loaded, from where the cache keeps it."""
+    if Path(name).expanduser().is_dir():
+        return None
+    kept = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(kept).parent.name if isinstance(kept, str) else None
+
+
+def of(recipe: recipes.Recipe, family: str) -> dict[str, Any]:
+    """What run.json keeps of a base: its kind, its name, commit and license where known.
+
+    `root` is the model of the hub at the bottom, through any number of runs; None where there is
+    none.
+    """
+    name = recipe.model.name
+    made: dict[str, Any] = {"family": family, "commit": None, "license": None, "root": None}
+    if name is None:
+        scratch = recipe.model.from_scratch
+        return {**made, "kind": SCRATCH, "name": scratch.model_type if scratch else "nothing"}
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        found = commit(name, recipe.model.revision)
+        card = huggingface_hub.try_to_load_from_cache(name, "README.md", revision=found)
+        made.update(kind=HUB, name=name, root=name, commit=found)
+        return {**made, "license": _license(Path(card)) if isinstance(card, str) else None}
+    folder = path.absolute()
+    made["license"] = _license(folder / "README.md")
+    run = next((each for each in (folder, folder.parent) if (each / "run.json").is_file()), None)
+    if run is None:
+        return {**made, "kind": FOLDER, "name": folder.name}
+    below = runs.Run(run)
+    before = below.manifest.get("origin") or {}
+    made["license"] = made["license"] or before.get("license")
+    return {**made, "kind": RUN, "name": run.name, "root": before.get("root")}
+
+
+def _license(card: Path) -> str | None:
+    """The license that a model's card names, where it names one by its identifier."""
+    if not card.is_file():
+        return None
+    try:
+        found = huggingface_hub.ModelCard.load(card, ignore_metadata_errors=True).data.license
+    except (ValueError, OSError, yaml.YAMLError):  # a card that cannot be read names no license
+        return None
+    return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
+
+
+def hub_id(path: str) -> str | None:
+    """The path of a source where it is one of the hub, not a file or folder that is here."""
+    suffixed = Path(path).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+    here = suffixed or Path(path).expanduser().exists()
+    return path if HUB_ID.fullmatch(path) and not here else None
+
+
+def public(path: str) -> str:
+    """A path as others may read it: of one that leads out of the working folder the last part."""
+    bare = path.removeprefix("file://")
+    place = Path(bare)
+    leads_out = place.is_absolute() or bare.startswith("~") or ".." in place.parts
+    return place.name if leads_out else path
+
+
+def recipe_text(recipe: recipes.Recipe) -> str:
+    """The recipe as YAML for others to read: no path of this machine, and nothing that is null."""
+    shown = yamls.parse(recipes.dump(recipe), "recipe", errors.RecipeError)
+    return yamls.dump(_public(shown.data)).strip()
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, str):
+        return public(value)
+    if isinstance(value, Mapping):
+        items = {str(key): _public(each) for key, each in value.items()}
+        return {key: each for key, each in items.items() if each not in (None, {}, [])}
+    return [_public(each) for each in value] if isinstance(value, list) else value

@@ -242,6 +242,80 @@ def test_soft_prompts_go_through_the_commands(
     assert asked.code == (2 if family == "masked" else 0), asked.err
 
 
+# --- an encoder that was saved without its head -----------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_saved_without_its_head_is_tuned_with_a_new_one(
+    tmp_path: Path, cli: Any
+) -> None:
+    import peft
+
+    whole = tiny_model("masked")
+    whole.base_model.save_pretrained("headless")
+    tiny_tokenizer().save_pretrained("headless")
+    before = hashlib.sha256(Path("headless/model.safetensors").read_bytes()).hexdigest()
+    rows = [{"text": text, "label": int("likes" in text)} for text in sentences(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("ask.yaml").write_text(TASK)
+    source = {"path": "rows.jsonl", "template": "./ask.yaml"}
+    recipe = {
+        "model": {"name": "headless"},
+        "adapter": {"peft_type": "lora", "r": 4},
+        "data": {"train": source, "eval": {**source, "limit": 6}, "allow_overlap": True},
+        "training": {"max_steps": 3, "tokens_per_step": 400, "learning_rate": 1e-2},
+        "output": {"merge": True},
+    }
+    Path("tune.yaml").write_text(json.dumps(recipe))
+    refused = cli("tune", "-r", "tune.yaml", "-o", "runs/no", "-s", "output.merge=false", "-s",
+                  "adapter={peft_type: trainable_tokens, token_indices: [5]}")  # fmt: skip
+    assert refused.code == 2
+    assert "trainable_tokens trains no layer of the model" in refused.err
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/new")
+    assert ended.code == 0, ended.err
+    assert "headless: it was saved without the head that fills masks" in ended.err
+    assert hashlib.sha256(Path("headless/model.safetensors").read_bytes()).hexdigest() == before
+    scores = cli("eval", "--run", "runs/new", "--against", "base", "--json")
+    assert scores.code == 0, scores.err
+    assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 6
+
+    ids = torch.arange(5, 25)[None]
+    named = recipes.Model(name="runs/new/model")
+    found = [models.adapted("runs/new", "runs/new/model", named, models.placement(named))]
+    torch.manual_seed(99)  # whoever loads it draws another head first, which the saved one replaces
+    base = transformers.AutoModelForMaskedLM.from_pretrained("headless")
+    found.append(peft.PeftModel.from_pretrained(base, "runs/new/model"))
+    found.append(transformers.AutoModelForMaskedLM.from_pretrained("runs/new/merged"))
+    with torch.no_grad():
+        ours, theirs, merged = (model.eval()(input_ids=ids).logits for model in found)
+    assert torch.equal(ours, theirs)
+    assert float((ours - merged).abs().max()) < 1e-4
+
+    weights = [models.load(recipes.Model(name="headless"), models.placement(named))]
+    torch.manual_seed(7)
+    weights.append(models.load(recipes.Model(name="headless"), models.placement(named)))
+    drawn, again = (model.cls.predictions.transform.dense.weight for model in weights)
+    assert torch.equal(drawn, again)
+
+
+def test_only_a_head_may_be_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    monkeypatch.chdir(tmp_path)
+    whole, named = tiny_model("masked"), recipes.Model(name="cut")
+    for lost in ("encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"):
+        whole.base_model.save_pretrained("cut")
+        kept = safetensors.torch.load_file("cut/model.safetensors")
+        del kept[lost]
+        safetensors.torch.save_file(kept, "cut/model.safetensors", {"format": "pt"})
+        with pytest.raises(errors.ModelError, match="weights are missing"):
+            models.load(named, models.placement(named))
+    whole.config.tie_word_embeddings = False
+    whole.base_model.save_pretrained("cut")
+    with pytest.raises(errors.ModelError, match=r"weights are missing: cls\.predictions"):
+        models.load(named, models.placement(named))
+
+
 def test_an_adapter_whose_folding_fails_half_way_answers_as_it_did(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ def attach(
         return model
     import peft
 
-    wanted = config(settings, family)
+    wanted = config(_with_head(model, settings), family)
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -105,6 +105,21 @@ def attach(
         raise errors.RecipeError(
             f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
+
+
+def _with_head(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with layers that were drawn for want of saved ones trained and saved whole."""
+    given, drawn = dict(settings), getattr(model, "drawn", ())
+    kind = str(given.get("peft_type", "")).upper()
+    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
+    if not drawn or cls is None:
+        return given
+    if "modules_to_save" not in inspect.signature(cls).parameters:
+        raise errors.RecipeError(
+            f"adapter.peft_type: {kind.lower()} trains no layer of the model, and this one was "
+            "saved without the head that fills masks. Use lora, or leave the adapter out."
+        )
+    return {**given, "modules_to_save": [*(given.get("modules_to_save") or ()), *drawn]}
 
 
 def prepends(model: Any) -> bool:

@@ -170,12 +170,14 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     padding = objectives.collate(encoder, model, settings)
     if adapters.prepends(model) and padding is None:
         padding = batches.padder(tokenizer.pad_token_id, places=False)
+    packed = None if adapters.prepends(model) else objectives.packed(encoder, model, settings)
     path = probing.choose(
         model,
         int(corpus.lengths.max()),
         packing=settings.packing,
         autocast=accelerator.autocast,
         padding=padding,
+        packed=packed,
     )
     screen.say(path.why)
     if settings.gradient_checkpointing:

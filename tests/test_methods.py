@@ -121,6 +121,9 @@ def test_every_method_on_every_family(family: str, kind: str, tmp_path: Path) ->
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     before = [p.detach().clone() for p in trained]
+    with torch.inference_mode(), adapters.folded_in(model):
+        pass  # as for answers in the midst of a run: it must train on as if nothing had been
+    assert digest(model.named_parameters()) == frozen
     model.train()
     for _ in range(3):
         loss = losses.summed(model, batch, head=path.head) / int(corpus.targets.sum())
@@ -240,6 +243,22 @@ def test_soft_prompts_go_through_the_commands(
     assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 4
     asked = cli("generate", "--run", "runs/soft", "the cat", "--json")
     assert asked.code == (2 if family == "masked" else 0), asked.err
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_model_trains_on_after_its_adapter_was_folded_in_for_answers(kind: str) -> None:
+    _, corpus = rows_for("causal")
+    model = adapters.attach(tiny_model("causal"), {"peft_type": kind}, base="x", seed=1)
+    frozen = digest(model.named_parameters())
+    batch = batches.padded(corpus, np.arange(2), 2)
+    with torch.inference_mode(), adapters.folded_in(model) as folded:
+        assert folded is model.get_base_model()
+        folded(**batch.inputs())
+    assert digest(model.named_parameters()) == frozen
+    losses.summed(model, batch).backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert any(grad is not None and bool(grad.any()) for grad in grads)
+    assert not hasattr(adapters.merged_or_not(model), "merge_adapter")  # and says nothing of it
 
 
 # --- an encoder that was saved without its head -----------------------------------------------

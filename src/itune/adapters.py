@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -209,7 +210,8 @@ def _folds(model: Any) -> bool:
         kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
         try:
             layer.merge()
-            layer.unmerge()
+            with _unsaid():
+                layer.unmerge()
         except (NotImplementedError, ValueError):
             return False
         finally:
@@ -232,15 +234,32 @@ def folded_in(model: Any) -> Iterator[Any]:
         yield model
         return
     kept = [p.detach().clone() for each in layers for p in each.get_base_layer().parameters()]
-    model.merge_adapter()
+    with _recorded():
+        model.merge_adapter()
     try:
         yield model.get_base_model()
     finally:
-        model.unmerge_adapter()
-        with torch.no_grad():
+        with _recorded():
+            with _unsaid():
+                model.unmerge_adapter()
             own = (p for each in layers for p in each.get_base_layer().parameters())
             for parameter, before in zip(own, kept, strict=True):
                 parameter.copy_(before)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """What peft computes back may be inexact, and it says so; here it is not what stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[None]:
+    """Tensors made within can be trained later, though the caller is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _foldable(model: Any) -> list[Any]:

@@ -261,6 +261,48 @@ def test_a_model_trains_on_after_its_adapter_was_folded_in_for_answers(kind: str
     assert not hasattr(adapters.merged_or_not(model), "merge_adapter")  # and says nothing of it
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_stop_token_that_an_adapter_can_never_learn_is_told_of(
+    tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, tokenizer = tiny_model("causal"), models.with_template(tiny_tokenizer())
+    stop = families.encoder("causal", tokenizer).stop_id
+    fields = {"peft_type": "lora", "target_modules": "all-linear"}
+
+    def said(**more: Any) -> str:
+        copied = tiny_model("causal")
+        copied.load_state_dict(whole.state_dict())
+        model = adapters.attach(copied, {**fields, **more}, base="x", seed=1)
+        return "".join(adapters.unheard_stop(model, stop))
+
+    assert not said()
+    with torch.no_grad():
+        table = whole.get_output_embeddings().weight
+        table[[stop, 40, 41]] = table[40].clone()
+    found = said()
+    assert f"(id {stop}) looks like 2 other tokens" in found
+    assert f"Add trainable_token_indices: [{stop}] to the adapter" in found
+    assert "Use lora with" in said(peft_type="ia3", feedforward_modules=[])
+    assert not said(trainable_token_indices=[stop])
+    assert not said(modules_to_save=["lm_head"])
+
+    whole.save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    rows = [{"prompt": text, "completion": "yes"} for text in sentences(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"name": "base"},
+        "adapter": fields,
+        "data": {"train": {"path": "rows.jsonl"}},
+        "training": {"max_steps": 1, "tokens_per_step": 200},
+    }
+    Path("stop.yaml").write_text(json.dumps(recipe))
+    ended = cli("tune", "-r", "stop.yaml")
+    assert ended.code == 0, ended.err
+    assert "answers will not stop by themselves" in ended.err
+
+
 # --- an encoder that was saved without its head -----------------------------------------------
 
 

@@ -36,6 +36,10 @@ REFUSED = {
 }
 
 
+# chosen: output rows this near to each other, relatively, were never told apart in training.
+ALIKE = 1e-2
+
+
 def _refuse_broken(kind: str, given: Mapping[str, Any]) -> None:
     """Raise RecipeError for what is known not to work, with the reason and what to use instead."""
     why = REFUSED.get(kind)
@@ -121,6 +125,40 @@ def _with_head(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
             "saved without the head that fills masks. Use lora, or leave the adapter out."
         )
     return {**given, "modules_to_save": [*(given.get("modules_to_save") or ()), *drawn]}
+
+
+def unheard_stop(model: Any, stop_id: int) -> Iterator[str]:
+    """Why an adapter can never learn to stop, and what to do, if so.
+
+    A token that its base never saw has the output row of the other such tokens, and as long as
+    that row is frozen they get the same logit whatever the adapter does.
+    """
+    layer = model.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    embeddings = model.get_input_embeddings().parameters()
+    adapted = type(layer) is not torch.nn.Linear or any(p.requires_grad for p in embeddings)
+    if weight is None or adapted or weight.requires_grad or not weight.is_floating_point():
+        return
+    like = _alike(weight.detach(), stop_id)
+    if not like:
+        return
+    fields = inspect.signature(type(model.active_peft_config)).parameters
+    cure = f"trainable_token_indices: [{stop_id}]"
+    cure = f"Add {cure}" if "trainable_token_indices" in fields else f"Use lora with {cure}"
+    yield (
+        f"the stop token (id {stop_id}) looks like {like:,} other tokens to the model, which never "
+        "learnt it, and the adapter leaves that frozen: answers will not stop by themselves. "
+        f"{cure} to the adapter, or train all weights."
+    )
+
+
+@torch.no_grad()
+def _alike(weight: torch.Tensor, row: int) -> int:
+    """How many other rows of a matrix are within a hundredth of this one."""
+    each = weight.float()
+    mine = each[row]
+    apart = (each.square().sum(1) + mine.square().sum() - 2 * (each @ mine)).clamp(min=0)
+    return int((apart <= ALIKE**2 * mine.square().sum().clamp(min=1e-12)).sum()) - 1
 
 
 def prepends(model: Any) -> bool:

@@ -135,6 +135,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         adapters,
         batches,
         doctor,
+        families,
         finishing,
         jobs,
         models,
@@ -165,6 +166,9 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     )
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)
+    if recipe.adapter is not None and encoder.family != families.MASKED:
+        for why in adapters.unheard_stop(model, encoder.stop_id):
+            launching.warn(why)
     kernel = model.config._attn_implementation
     objective = objectives.of(encoder, settings)
     padding = objectives.collate(encoder, model, settings)

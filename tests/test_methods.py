@@ -180,6 +180,22 @@ def test_what_is_known_not_to_work_is_refused(fields: dict[str, Any], said: str)
         adapters.config(fields)
 
 
+def test_it_is_refused_before_a_row_is_read(
+    tiny_model_dir: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "model": {"name": str(tiny_model_dir)},
+        "adapter": {"peft_type": "xlora"},
+        "data": {"train": {"path": "nowhere.jsonl"}},
+    }
+    Path("tune.yaml").write_text(json.dumps(recipe))
+    ended = cli("tune", "-r", "tune.yaml")
+    assert ended.code == 2
+    assert "adapter.peft_type: xlora" in ended.err
+    assert "nowhere" not in ended.err
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
 def test_virtual_tokens_shift_no_target(family: str) -> None:

@@ -149,6 +149,8 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     _still()
     place = models.placement(recipe.model)
     settings = recipe.training
+    if recipe.adapter is not None:
+        adapters.config(recipe.adapter, models.family_of(recipe.model))
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     tokenizer = encoder.tokenizer

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_commands import world, write
 
@@ -227,9 +228,27 @@ def test_the_base_of_an_adapter_is_the_same_loaded_model(
     gap = text["scores"]["perplexity"]["value"] - text["against"]["scores"]["perplexity"]["value"]
     assert text["against"]["difference"]["perplexity"]["value"] == pytest.approx(gap)
     assert gap != 0, "two steps of training change something"
+    assert_bits_are_of_bytes(folder, text)
     asked.clear()
     assert cli("eval", "--run", "runs/lora", "--against", "base", *PLACES).code == 0
     assert asked == [], "both models' answers are kept"
+
+
+def assert_bits_are_of_bytes(folder: Path, found: dict[str, Any]) -> None:
+    """Of all bytes but those of the first token of each text, a share like that of the tokens."""
+    from itune import models, recipes, sources
+
+    recipe = recipes.load(folder / "runs/lora/recipe.yaml")
+    rows = sources.read(recipes.Source(path=str(folder / found["data"]), limit=found["rows"]))
+    lines = [row["text"] for row in rows.data]
+    encoder = models.encoder(recipe.model)
+    tokens = [len(each.ids) for each in encoder.documents(lines)]
+    sizes = [len(line.encode()) * (n - 1) / n for line, n in zip(lines, tokens, strict=True)]
+    nats = np.log(found["scores"]["perplexity"]["value"]) * (sum(tokens) - len(tokens))
+    bits = found["scores"]["bits_per_byte"]
+    assert bits["value"] == pytest.approx(nats / np.log(2) / sum(sizes), rel=1e-9)
+    assert bits["low"] < bits["value"] < bits["high"]
+    assert found["against"]["difference"]["bits_per_byte"]["value"] != 0
 
 
 def test_the_base_of_a_wholly_tuned_model_is_loaded_after_it(

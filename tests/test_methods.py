@@ -121,6 +121,9 @@ def test_every_method_on_every_family(family: str, kind: str, tmp_path: Path) ->
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     before = [p.detach().clone() for p in trained]
+    with torch.inference_mode(), adapters.folded_in(model):
+        pass  # as for answers in the midst of a run: it must train on as if nothing had been
+    assert digest(model.named_parameters()) == frozen
     model.train()
     for _ in range(3):
         loss = losses.summed(model, batch, head=path.head) / int(corpus.targets.sum())
@@ -175,6 +178,22 @@ def test_what_is_known_not_to_work_is_refused(fields: dict[str, Any], said: str)
         return
     with pytest.raises(errors.RecipeError, match=said):
         adapters.config(fields)
+
+
+def test_it_is_refused_before_a_row_is_read(
+    tiny_model_dir: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = {
+        "model": {"name": str(tiny_model_dir)},
+        "adapter": {"peft_type": "xlora"},
+        "data": {"train": {"path": "nowhere.jsonl"}},
+    }
+    Path("tune.yaml").write_text(json.dumps(recipe))
+    ended = cli("tune", "-r", "tune.yaml")
+    assert ended.code == 2
+    assert "adapter.peft_type: xlora" in ended.err
+    assert "nowhere" not in ended.err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -240,6 +259,138 @@ def test_soft_prompts_go_through_the_commands(
     assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 4
     asked = cli("generate", "--run", "runs/soft", "the cat", "--json")
     assert asked.code == (2 if family == "masked" else 0), asked.err
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_a_model_trains_on_after_its_adapter_was_folded_in_for_answers(kind: str) -> None:
+    _, corpus = rows_for("causal")
+    model = adapters.attach(tiny_model("causal"), {"peft_type": kind}, base="x", seed=1)
+    frozen = digest(model.named_parameters())
+    batch = batches.padded(corpus, np.arange(2), 2)
+    with torch.inference_mode(), adapters.folded_in(model) as folded:
+        assert folded is model.get_base_model()
+        folded(**batch.inputs())
+    assert digest(model.named_parameters()) == frozen
+    losses.summed(model, batch).backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert any(grad is not None and bool(grad.any()) for grad in grads)
+    assert not hasattr(adapters.merged_or_not(model), "merge_adapter")  # and says nothing of it
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stop_token_that_an_adapter_can_never_learn_is_told_of(
+    tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole, tokenizer = tiny_model("causal"), models.with_template(tiny_tokenizer())
+    stop = families.encoder("causal", tokenizer).stop_id
+    fields = {"peft_type": "lora", "target_modules": "all-linear"}
+
+    def said(**more: Any) -> str:
+        copied = tiny_model("causal")
+        copied.load_state_dict(whole.state_dict())
+        model = adapters.attach(copied, {**fields, **more}, base="x", seed=1)
+        return "".join(adapters.unheard_stop(model, stop))
+
+    assert not said()
+    with torch.no_grad():
+        table = whole.get_output_embeddings().weight
+        table[[stop, 40, 41]] = table[40].clone()
+    found = said()
+    assert f"(id {stop}) looks like 2 other tokens" in found
+    assert f"Add trainable_token_indices: [{stop}] to the adapter" in found
+    assert "Use lora with" in said(peft_type="ia3", feedforward_modules=[])
+    assert not said(trainable_token_indices=[stop])
+    assert not said(modules_to_save=["lm_head"])
+
+    whole.save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    rows = [{"prompt": text, "completion": "yes"} for text in sentences(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"name": "base"},
+        "adapter": fields,
+        "data": {"train": {"path": "rows.jsonl"}},
+        "training": {"max_steps": 1, "tokens_per_step": 200},
+    }
+    Path("stop.yaml").write_text(json.dumps(recipe))
+    ended = cli("tune", "-r", "stop.yaml")
+    assert ended.code == 0, ended.err
+    assert "answers will not stop by themselves" in ended.err
+
+
+# --- an encoder that was saved without its head -----------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_encoder_saved_without_its_head_is_tuned_with_a_new_one(
+    tmp_path: Path, cli: Any
+) -> None:
+    import peft
+
+    whole = tiny_model("masked")
+    whole.base_model.save_pretrained("headless")
+    tiny_tokenizer().save_pretrained("headless")
+    before = hashlib.sha256(Path("headless/model.safetensors").read_bytes()).hexdigest()
+    rows = [{"text": text, "label": int("likes" in text)} for text in sentences(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("ask.yaml").write_text(TASK)
+    source = {"path": "rows.jsonl", "template": "./ask.yaml"}
+    recipe = {
+        "model": {"name": "headless"},
+        "adapter": {"peft_type": "lora", "r": 4},
+        "data": {"train": source, "eval": {**source, "limit": 6}, "allow_overlap": True},
+        "training": {"max_steps": 3, "tokens_per_step": 400, "learning_rate": 1e-2},
+        "output": {"merge": True},
+    }
+    Path("tune.yaml").write_text(json.dumps(recipe))
+    refused = cli("tune", "-r", "tune.yaml", "-o", "runs/no", "-s", "output.merge=false", "-s",
+                  "adapter={peft_type: trainable_tokens, token_indices: [5]}")  # fmt: skip
+    assert refused.code == 2
+    assert "trainable_tokens trains no layer of the model" in refused.err
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/new")
+    assert ended.code == 0, ended.err
+    assert "headless: it was saved without the head that fills masks" in ended.err
+    assert hashlib.sha256(Path("headless/model.safetensors").read_bytes()).hexdigest() == before
+    scores = cli("eval", "--run", "runs/new", "--against", "base", "--json")
+    assert scores.code == 0, scores.err
+    assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 6
+
+    ids = torch.arange(5, 25)[None]
+    named = recipes.Model(name="runs/new/model")
+    found = [models.adapted("runs/new", "runs/new/model", named, models.placement(named))]
+    torch.manual_seed(99)  # whoever loads it draws another head first, which the saved one replaces
+    base = transformers.AutoModelForMaskedLM.from_pretrained("headless")
+    found.append(peft.PeftModel.from_pretrained(base, "runs/new/model"))
+    found.append(transformers.AutoModelForMaskedLM.from_pretrained("runs/new/merged"))
+    with torch.no_grad():
+        ours, theirs, merged = (model.eval()(input_ids=ids).logits for model in found)
+    assert torch.equal(ours, theirs)
+    assert float((ours - merged).abs().max()) < 1e-4
+
+    weights = [models.load(recipes.Model(name="headless"), models.placement(named))]
+    torch.manual_seed(7)
+    weights.append(models.load(recipes.Model(name="headless"), models.placement(named)))
+    drawn, again = (model.cls.predictions.transform.dense.weight for model in weights)
+    assert torch.equal(drawn, again)
+
+
+def test_only_a_head_may_be_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    monkeypatch.chdir(tmp_path)
+    whole, named = tiny_model("masked"), recipes.Model(name="cut")
+    for lost in ("encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"):
+        whole.base_model.save_pretrained("cut")
+        kept = safetensors.torch.load_file("cut/model.safetensors")
+        del kept[lost]
+        safetensors.torch.save_file(kept, "cut/model.safetensors", {"format": "pt"})
+        with pytest.raises(errors.ModelError, match="weights are missing"):
+            models.load(named, models.placement(named))
+    whole.config.tie_word_embeddings = False
+    whole.base_model.save_pretrained("cut")
+    with pytest.raises(errors.ModelError, match=r"weights are missing: cls\.predictions"):
+        models.load(named, models.placement(named))
 
 
 def test_an_adapter_whose_folding_fails_half_way_answers_as_it_did(

@@ -437,6 +437,19 @@ def test_perplexity_is_that_of_all_tokens_together() -> None:
         metrics.check("perplexity")
 
 
+def test_bits_per_byte_are_the_same_whatever_the_tokens_are() -> None:
+    from itune.metrics.perplexity import BitsPerByte
+
+    # Each byte foretold with probability 1/8: 3 bits, as one text or as pieces of any size.
+    one = BitsPerByte().compute(predictions=[np.log(8) * 90], references=[90.0])
+    many = BitsPerByte().compute(
+        predictions=[np.log(8) * n for n in (12.5, 70, 7.5)], references=[12.5, 70, 7.5]
+    )
+    assert one == many == {"bits_per_byte": pytest.approx(3, rel=1e-12)}
+    with pytest.raises(errors.UserError, match=r"bits_per_byte: row 0 .* over 0 bytes"):
+        BitsPerByte().compute(predictions=[1.0], references=[0.0])
+
+
 # --- the same for all of them ---
 
 

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import tiny_model
 
-from itune import attention, batches, losses, probing
+from itune import attention, batches, data, encoding, losses, objectives, probing
 
 SMALL = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 USUAL = {
@@ -131,12 +132,13 @@ def test_attention_that_leaks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probing.choose(made("llama"), 64).layout == probing.MASK
     monkeypatch.undo()
 
-    real = attention._window
+    real = attention._Seen.band
 
-    def wide(length: int, sliding_window: int | None, like: Any) -> Any:
-        return real(length, None if sliding_window is None else sliding_window + 1, like)
+    def wide(self: Any, length: int, like: Any) -> Any:
+        window = None if self.window is None else self.window + 1
+        return real(dataclasses.replace(self, window=window), length, like)
 
-    monkeypatch.setattr(attention, "_window", wide)
+    monkeypatch.setattr(attention._Seen, "band", wide)
     model = made("mistral", sliding_window=20)
     assert probing.choose(model, 64).layout == probing.MASK
     # No row of the run is longer than the window, so none can see its edge.
@@ -219,3 +221,97 @@ def test_the_probe_leaves_nothing_behind() -> None:
     assert torch.equal(first.grad, torch.full_like(first, 2.0))
     assert all(p.grad is None for p in model.parameters() if p is not first)
     assert "forward" not in vars(model.lm_head)
+
+
+# --- encoders ---------------------------------------------------------------------------------
+
+ENCODER = {**USUAL, "max_position_embeddings": 64}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": ENCODER,
+    "roberta": {**ENCODER, "pad_token_id": 1},  # positions from beyond the padding's id
+    "xlm-roberta": {**ENCODER, "pad_token_id": 1},
+    "electra": {**ENCODER, "embedding_size": 32},
+    "modernbert": {**ENCODER, "local_attention": 8},  # a window to both sides
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    "deberta-v2": {**ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
+}
+
+
+class Hidden:
+    """Every third token is hidden, whatever the corpus says."""
+
+    def example(self, corpus: data.Corpus, row: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = corpus.example(row)[0].astype(np.int64)
+        targets = np.full(len(ids), -100)
+        targets[::3], ids[::3] = ids[::3], 5
+        return ids, targets
+
+    def count(self, tokens: np.ndarray) -> np.ndarray:
+        return -(-tokens // 3)
+
+
+def encoder(kind: str) -> tuple[Any, batches.Collate, batches.Collate]:
+    torch.manual_seed(3)
+    fields = {**SMALL, **ENCODERS[kind]}
+    config = transformers.AutoConfig.for_model(kind, **fields)
+    model = transformers.AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    padding = batches.masked(Hidden(), config.pad_token_id)
+    return model, padding, batches.masked_flat(Hidden(), objectives.first_position(model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("bert", probing.ROWS),
+        ("roberta", probing.ROWS),
+        ("xlm-roberta", probing.ROWS),
+        ("electra", probing.ROWS),
+        ("modernbert", probing.ROWS),
+        ("distilbert", probing.ROWS),
+        ("deberta-v2", probing.PADDING),  # relative positions inside attention
+    ],
+)
+def test_encoders_are_packed_where_that_is_exact(kind: str, layout: str) -> None:
+    model, padding, packed = encoder(kind)
+    path = probing.choose(model, 60, padding=padding, packed=packed)
+    assert path.layout == layout, path.why
+    model, padding, packed = encoder(kind)
+    off = probing.choose(model, 60, packing=False, padding=padding, packed=packed)
+    assert off.layout == probing.PADDING
+    assert "training.packing is off" in off.why
+
+
+@pytest.mark.parametrize("waste", [1.0, 3.0, 99.0])  # row by row, as it comes, side by side
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_a_packed_encoder_gives_what_plain_transformers_gives_row_by_row(
+    kind: str, waste: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _padding, packed = encoder(kind)
+    model.eval()
+    draw = np.random.default_rng(1)
+    # Rows shorter and longer than the window of 4 to each side, one much longer than another.
+    corpus = data.from_tokens(
+        [
+            encoding.Tokens(draw.integers(5, 64, n).tolist(), [True] * n)
+            for n in (3, 40, 9, 1, 14, 40)
+        ]
+    )
+    wanted = []
+    for row in range(len(corpus)):
+        ids, targets = (torch.from_numpy(x)[None] for x in Hidden().example(corpus, row))
+        loss = model(input_ids=ids, labels=targets).loss
+        wanted.append(loss * int((targets != -100).sum()))
+    grads = torch.autograd.grad(sum(wanted), list(model.parameters()), allow_unused=True)
+    attention.register()
+    monkeypatch.setattr(attention, "_WASTE", waste)
+    model.set_attn_implementation(attention.NAME)
+    batch = packed(corpus, np.arange(len(corpus)))
+    assert batch.ids.shape == (1, 107)
+    for head in (losses.TARGETS, losses.FULL):
+        loss = losses.summed(model, batch, head=head)
+        assert float(loss.detach()) == pytest.approx(float(sum(wanted).detach()), rel=1e-6)
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        size = max(float(g.abs().max()) for g in grads if g is not None)
+        for a, b in zip(found, grads, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or float((a - b).abs().max()) < 1e-5 * size

@@ -432,8 +432,29 @@ def test_overrides_are_yaml_and_win_over_the_file() -> None:
     assert recipe.evaluation.metrics == ("f1", "accuracy")
     assert recipe.data.train[0].path == "*.jsonl"
     assert recipe.data.train[0].split == "test[:2000]"
-    assert recipe.adapter == {"peft_type": "lora"}
+    assert recipe.adapter is not None
+    assert recipe.adapter["peft_type"] == "lora"
     assert recipe.generation == {"temperature": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
+        ({"r": 32}, {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}),
+        ({"r": 4, "lora_alpha": 4}, {"r": 4, "lora_alpha": 4, "target_modules": "all-linear"}),
+        ({"target_modules": ["q"]}, {"r": 8, "lora_alpha": 16, "target_modules": ["q"]}),
+        ({"use_rslora": True}, {"r": 8, "target_modules": "all-linear", "use_rslora": True}),
+        ({"target_parameters": ["w"]}, {"r": 8, "lora_alpha": 16, "target_parameters": ["w"]}),
+    ],
+)
+def test_lora_goes_into_every_linear_layer_with_twice_its_rank(
+    given: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    made = recipes.loads(GOOD + f"adapter: {json.dumps({'peft_type': 'lora', **given})}\n")
+    assert made.adapter == {"peft_type": "lora", **wanted}
+    other = recipes.loads(GOOD + "adapter: {peft_type: ia3}\n")
+    assert other.adapter == {"peft_type": "ia3"}
 
 
 def test_null_takes_a_section_out() -> None:
@@ -636,7 +657,10 @@ def test_diff_lists_dotted_keys_with_both_values() -> None:
         TRAINING.replace("rows.jsonl", "b") + "  {seed: 2}\nadapter: {peft_type: lora}\n"
     )
     assert sorted(recipes.diff(old, new)) == [
+        ("adapter.lora_alpha", None, 16),
         ("adapter.peft_type", None, "lora"),
+        ("adapter.r", None, 8),
+        ("adapter.target_modules", None, "all-linear"),
         ("data.train.0.path", "rows.jsonl", "b"),
         ("evaluation.metrics", ["f1"], []),
         ("training.seed", 1, 2),

@@ -37,6 +37,10 @@ REFUSED = {
 }
 
 
+# chosen: output rows this near to each other, relatively, were never told apart in training.
+ALIKE = 1e-2
+
+
 def _refuse_broken(kind: str, given: Mapping[str, Any]) -> None:
     """Raise RecipeError for what is known not to work, with the reason and what to use instead."""
     why = REFUSED.get(kind)
@@ -118,7 +122,7 @@ def attach(
         return model
     import peft
 
-    wanted = config(settings, family)
+    wanted = config(_with_head(model, settings), family)
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -151,6 +155,55 @@ def save(model: Any, settings: Mapping[str, Any] | None, folder: Path, start: Pa
         warnings.filterwarnings("ignore", "Note that Quant", UserWarning)
         warnings.filterwarnings("ignore", ".*changes the base weights", UserWarning)
         model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start / START))
+
+
+def _with_head(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, with layers that were drawn for want of saved ones trained and saved whole."""
+    given, drawn = dict(settings), getattr(model, "drawn", ())
+    kind = str(given.get("peft_type", "")).upper()
+    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
+    if not drawn or cls is None:
+        return given
+    if "modules_to_save" not in inspect.signature(cls).parameters:
+        raise errors.RecipeError(
+            f"adapter.peft_type: {kind.lower()} trains no layer of the model, and this one was "
+            "saved without the head that fills masks. Use lora, or leave the adapter out."
+        )
+    return {**given, "modules_to_save": [*(given.get("modules_to_save") or ()), *drawn]}
+
+
+def unheard_stop(model: Any, stop_id: int) -> Iterator[str]:
+    """Why an adapter can never learn to stop, and what to do, if so.
+
+    A token that its base never saw has the output row of the other such tokens, and as long as
+    that row is frozen they get the same logit whatever the adapter does.
+    """
+    layer = model.get_output_embeddings()
+    weight = getattr(layer, "weight", None)
+    embeddings = model.get_input_embeddings().parameters()
+    adapted = type(layer) is not torch.nn.Linear or any(p.requires_grad for p in embeddings)
+    if weight is None or adapted or weight.requires_grad or not weight.is_floating_point():
+        return
+    like = _alike(weight.detach(), stop_id)
+    if not like:
+        return
+    fields = inspect.signature(type(model.active_peft_config)).parameters
+    cure = f"trainable_token_indices: [{stop_id}]"
+    cure = f"Add {cure}" if "trainable_token_indices" in fields else f"Use lora with {cure}"
+    yield (
+        f"the stop token (id {stop_id}) looks like {like:,} other tokens to the model, which never "
+        "learnt it, and the adapter leaves that frozen: answers will not stop by themselves. "
+        f"{cure} to the adapter, or train all weights."
+    )
+
+
+@torch.no_grad()
+def _alike(weight: torch.Tensor, row: int) -> int:
+    """How many other rows of a matrix are within a hundredth of this one."""
+    each = weight.float()
+    mine = each[row]
+    apart = (each.square().sum(1) + mine.square().sum() - 2 * (each @ mine)).clamp(min=0)
+    return int((apart <= ALIKE**2 * mine.square().sum().clamp(min=1e-12)).sum()) - 1
 
 
 def prepends(model: Any) -> bool:
@@ -247,7 +300,8 @@ def _folds(model: Any) -> bool:
         kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
         try:
             layer.merge()
-            layer.unmerge()
+            with _unsaid():
+                layer.unmerge()
         except (NotImplementedError, ValueError):
             return False
         finally:
@@ -270,15 +324,32 @@ def folded_in(model: Any) -> Iterator[Any]:
         yield model
         return
     kept = [p.detach().clone() for each in layers for p in each.get_base_layer().parameters()]
-    model.merge_adapter()
+    with _recorded():
+        model.merge_adapter()
     try:
         yield model.get_base_model()
     finally:
-        model.unmerge_adapter()
-        with torch.no_grad():
+        with _recorded():
+            with _unsaid():
+                model.unmerge_adapter()
             own = (p for each in layers for p in each.get_base_layer().parameters())
             for parameter, before in zip(own, kept, strict=True):
                 parameter.copy_(before)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """What peft computes back may be inexact, and it says so; here it is not what stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[None]:
+    """Tensors made within can be trained later, though the caller is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _foldable(model: Any) -> list[Any]:

@@ -271,7 +271,10 @@ class Answerer:
         return told
 
     def losses(self) -> dict[str, tuple[str, np.ndarray]]:
-        """(path, [texts, 2]: summed loss in nats, tokens) of each source of plain text, by name."""
+        """(path, [texts, 2 or 3]) of each source of plain text, by name.
+
+        The columns: summed loss in nats, tokens, and of a decoder the bytes that they stand for.
+        """
         from itune import data, objectives
 
         out = {}
@@ -288,6 +291,8 @@ class Answerer:
                     "of its tokens that are hidden; not to be held beside a decoder's"
                 )
             sums = np.column_stack([self._summed(corpus), corpus.targets])
+            if objective is None:
+                sums = np.column_stack([sums, data.bytes_of(corpus)])
             out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
         return out
 

@@ -7,6 +7,7 @@ model's call, which gradient checkpointing keeps for the recomputation too.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def _packed(
     segments: batches.Segments | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment. Returns [1, tokens, heads, size].
+    """Attention within each segment, causal or to both sides as the module's own. Returns
+    [1, tokens, heads, size].
 
     Raises ValueError for what it cannot compute exactly (soft caps, sinks, position biases): the
     probe at the start of a run then falls back to padding.
@@ -46,18 +48,47 @@ def _packed(
     if refused:
         raise ValueError(f"packed attention cannot apply {refused[0]}")
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    seen = _Seen(_is_causal(module, kwargs.get("is_causal")), sliding_window)
     if query.is_cuda and query.dtype != torch.float32 and not dropout:
-        return _varlen(query, key, value, segments, scaling, sliding_window), None
+        return _varlen(query, key, value, segments, scaling, seen), None
     lengths = segments.lengths
     longest = max(lengths)
     real = sum(n * n for n in lengths)
     if len(lengths) * longest * longest <= _WASTE * real:
-        out = _side_by_side(
-            query, key, value, segments, _window(longest, sliding_window, query), options
-        )
+        out = _side_by_side(query, key, value, segments, seen, options)
     else:
-        out = _one_by_one(query, key, value, lengths, sliding_window, options)
+        out = _one_by_one(query, key, value, lengths, seen, options)
     return out, None
+
+
+def _is_causal(module: torch.nn.Module, asked: bool | None) -> bool:
+    """As transformers' own attention functions read it."""
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Which keys of its example a query sees: the earlier ones or all, all of them or those near.
+
+    window: keys on one side, the query's own included; None where any distance is seen.
+    """
+
+    causal: bool
+    window: int | None
+
+    def band(self, length: int, like: torch.Tensor) -> torch.Tensor | None:
+        """A mask [length, length] of what is near, or None where all of the length is."""
+        if self.window is None or length <= self.window:
+            return None
+        place = torch.arange(length, device=like.device)
+        distance = place[:, None] - place[None]
+        seen = distance < self.window
+        return seen & (distance >= 0 if self.causal else distance > -self.window)
+
+    def sides(self) -> tuple[int, int]:
+        """The same for a kernel that counts the keys to the left and right of the query."""
+        near = -1 if self.window is None else self.window - 1
+        return near, 0 if self.causal else near
 
 
 def _varlen(
@@ -66,12 +97,9 @@ def _varlen(
     value: torch.Tensor,
     segments: batches.Segments,
     scaling: float | None,
-    sliding_window: int | None,
+    seen: _Seen,
 ) -> torch.Tensor:
-    """torch's own kernel for segments of unequal lengths (CUDA, 16 bits, torch 2.11 and later).
-
-    Its window counts the keys to the left of the query, ours the query too.
-    """
+    """torch's own kernel for segments of unequal lengths (CUDA, 16 bits, torch 2.11 and later)."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = max(segments.lengths)
@@ -85,19 +113,10 @@ def _varlen(
         longest,
         longest,
         scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        window_size=seen.sides(),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[None]  # type: ignore[call-overload]
-
-
-def _window(length: int, sliding_window: int | None, like: torch.Tensor) -> torch.Tensor | None:
-    """A causal band mask [length, length], or None where plain causality says the same."""
-    if sliding_window is None or length <= sliding_window:
-        return None
-    place = torch.arange(length, device=like.device)
-    distance = place[:, None] - place[None]
-    return (distance >= 0) & (distance < sliding_window)
 
 
 def _side_by_side(
@@ -105,11 +124,14 @@ def _side_by_side(
     key: torch.Tensor,
     value: torch.Tensor,
     segments: batches.Segments,
-    mask: torch.Tensor | None,
+    seen: _Seen,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    # Filled at the right, and causal: no real token ever sees a filled one.
     shape = segments.gather.shape
+    mask = seen.band(shape[1], query)
+    if not seen.causal:
+        # Filled at the right: of a causal model no real token ever sees a filled one.
+        mask = _unfilled(segments.lengths, mask, query)
 
     def spread(x: torch.Tensor) -> torch.Tensor:
         rows = x[0].transpose(0, 1).index_select(0, segments.gather.reshape(-1))
@@ -118,9 +140,29 @@ def _side_by_side(
         )  # [examples, heads, longest, size]
 
     out = F.scaled_dot_product_attention(
-        spread(query), spread(key), spread(value), attn_mask=mask, is_causal=mask is None, **options
+        spread(query),
+        spread(key),
+        spread(value),
+        attn_mask=mask,
+        is_causal=seen.causal and mask is None,
+        **options,
     )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, segments.scatter)[None]
+
+
+def _unfilled(
+    lengths: tuple[int, ...], band: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """A mask [examples, 1, 1 or longest, longest] of an example's own keys in the band."""
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return band
+    ends = torch.tensor(lengths, device=like.device)
+    own = (torch.arange(longest, device=like.device) < ends[:, None])[:, None, None]
+    if band is None:
+        return own
+    # A filled query may have no key at all in its band; it is nobody's, but no number is not.
+    return (own & band) | torch.eye(longest, dtype=torch.bool, device=like.device)
 
 
 def _one_by_one(
@@ -128,15 +170,16 @@ def _one_by_one(
     key: torch.Tensor,
     value: torch.Tensor,
     lengths: tuple[int, ...],
-    sliding_window: int | None,
+    seen: _Seen,
     options: dict[str, Any],
 ) -> torch.Tensor:
     outs = []
     for q, k, v in zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True):
-        mask = _window(q.shape[2], sliding_window, q)
+        mask = seen.band(q.shape[2], q)
+        causal = seen.causal and mask is None
         outs.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, **options
+                q, k, v, attn_mask=mask, is_causal=causal, **options
             ).transpose(1, 2)
         )
     return torch.cat(outs, 1)

@@ -77,8 +77,8 @@ class Batch:
     Of a decoder, packed: ids, positions and targets int64 [1, tokens], segments set if attention
     is told where examples lie. Padded: [examples, longest], mask int64 of the same shape. Targets
     stand where their prediction is made: the target at t is the id at t + 1, or IGNORED. Of an
-    encoder, the target at t is what the mask at t hides; positions are left to the model. Of an
-    encoder-decoder, decoder int64 and targets are [examples, longest answer]. places int64
+    encoder, the target at t is what the mask at t hides; padded, positions are left to the model.
+    Of an encoder-decoder, decoder int64 and targets are [examples, longest answer]. places int64
     [targets]: where in the flattened targets those that count stand; wanted int64 [targets]: what
     they are. lengths: tokens of each example. fills: it is an encoder's.
     """
@@ -148,9 +148,13 @@ Collate = Callable[["data.Corpus", np.ndarray], Batch]
 
 def packed(corpus: data.Corpus, rows: np.ndarray) -> Batch:
     """The examples one after the other in a single row, no padding."""
+    return segmented(flat(corpus, rows))
+
+
+def segmented(batch: Batch) -> Batch:
+    """A packed micro-batch that tells attention where its examples lie."""
     import torch
 
-    batch = flat(corpus, rows)
     lengths = np.array(batch.lengths)
     longest = int(lengths.max())
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -236,6 +240,26 @@ def masked(objective: objectives.Objective, pad_id: int) -> Collate:
         ids, mask = _filled([ids for ids, _ in pairs], pad_id)
         targets, _ = _filled([targets for _, targets in pairs], IGNORED)
         return replace(_batch(ids, None, targets, lengths, mask), fills=True)
+
+    return collate
+
+
+def masked_flat(objective: objectives.Objective, first: int) -> Collate:
+    """The function that packs an encoder's examples into a single row, no padding.
+
+    first: the position that the model gives to a text's first token.
+    """
+
+    def collate(corpus: data.Corpus, rows: np.ndarray) -> Batch:
+        pairs = [objective.example(corpus, int(row)) for row in rows]
+        lengths = tuple(len(ids) for ids, _ in pairs)
+        batch = _batch(
+            np.concatenate([ids for ids, _ in pairs])[None],
+            np.concatenate([np.arange(first, first + n) for n in lengths])[None],
+            np.concatenate([targets for _, targets in pairs])[None],
+            lengths,
+        )
+        return segmented(replace(batch, fills=True))
 
     return collate
 

@@ -140,6 +140,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         batches,
         compiling,
         doctor,
+        families,
         finishing,
         jobs,
         models,
@@ -158,6 +159,8 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         pushing.check(recipe)
     place = models.placement(recipe.model)
     settings = recipe.training
+    if recipe.adapter is not None:
+        adapters.config(recipe.adapter, models.family_of(recipe.model))
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     tokenizer = encoder.tokenizer
@@ -182,17 +185,22 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
     if recipe.output.merge and recipe.adapter is not None:
         adapters.refuse_unmergeable(model)
+    if recipe.adapter is not None and encoder.family != families.MASKED:
+        for why in adapters.unheard_stop(model, encoder.stop_id):
+            launching.warn(why)
     kernel = model.config._attn_implementation
     objective = objectives.of(encoder, settings)
     padding = objectives.collate(encoder, model, settings)
     if adapters.prepends(model) and padding is None:
         padding = batches.padder(tokenizer.pad_token_id, places=False)
+    packed = None if adapters.prepends(model) else objectives.packed(encoder, model, settings)
     path = probing.choose(
         model,
         int(corpus.lengths.max()),
         packing=settings.packing,
         autocast=accelerator.autocast,
         padding=padding,
+        packed=packed,
     )
     screen.say(path.why)
     if settings.gradient_checkpointing:

@@ -379,6 +379,25 @@ def texts(given: Sequence[recipes.Source], command: str = "") -> Iterator[str]:
                 yield from (message.content for message in example.messages)
 
 
+def bytes_of(corpus: Corpus) -> np.ndarray:
+    """Bytes of UTF-8 that the targets of each example of one source stand for, float64 [examples].
+
+    A text's own bytes, shared out by the tokens of its pieces: together they are exact, but for
+    the first token of each piece, which nothing foretells.
+    """
+    (source,) = corpus.sources
+    rows = sources.read(source)
+    how = cases.reading(rows)
+    sizes, tokens = np.zeros(len(rows.data)), np.zeros(len(rows.data))
+    np.add.at(tokens, corpus.row, corpus.lengths)
+    wanted = set(corpus.row.tolist())
+    for index, row in enumerate(rows.data):
+        if index in wanted:
+            sizes[index] = len((cases.placed(rows, how, index, row, 0).text or "").encode())
+    each: np.ndarray = corpus.targets * (sizes / np.maximum(tokens, 1))[corpus.row]
+    return each
+
+
 def from_tokens(examples: Sequence[encoding.Tokens]) -> Corpus:
     """A corpus of examples at hand, outside of any source: for probes and likelihoods."""
     n = len(examples)

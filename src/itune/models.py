@@ -270,7 +270,11 @@ def load(
     auto = getattr(transformers, CLASSES[kind])
     read = functools.partial(auto.from_pretrained, location, **SAFE, **options)
     # The library alone is heard for faults of the model: what our own code raises keeps its name.
-    model = weights.loaded(name, lambda **asked: from_library(name, lambda: read(**asked)))
+    model = weights.loaded(
+        name,
+        lambda **asked: from_library(name, lambda: read(**asked)),
+        head_may_be_new=kind == families.MASKED and quantization is None,
+    )
     if quantization is None:
         return model.to(place.device)
     import peft

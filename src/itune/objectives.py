@@ -49,6 +49,24 @@ def collate(
     )
 
 
+def packed(
+    encoder: encoding.Encoder, model: Any, training: recipes.Training
+) -> batches.Collate | None:
+    """How an encoder's rows share one row without padding; None for the other families."""
+    if encoder.family != families.MASKED:
+        return None
+    return batches.masked_flat(Masks.of(encoder, training), first_position(model))
+
+
+def first_position(model: Any) -> int:
+    """The position of a text's first token: RoBERTa's kind counts from beyond its padding's id."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings"):
+            spared = getattr(module, "padding_idx", None)
+            return 0 if spared is None else int(spared) + 1
+    return 0
+
+
 def of(encoder: encoding.Encoder, training: recipes.Training) -> Objective | None:
     """The objective of an encoder's family; None where every next token is learnt."""
     if encoder.family == families.SEQ2SEQ:

@@ -53,13 +53,15 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 class Path:
     """How a run computes: how rows share a batch, how the loss is made, and why, in one line.
 
-    padding: how rows are padded where the layout is that; None for a decoder's plain way.
+    padding, packed: how rows are padded or packed where the layout is that; None for a decoder's
+    plain way.
     """
 
     layout: str
     head: str
     why: str
     padding: batches.Collate | None = None
+    packed: batches.Collate | None = None
 
     @property
     def padded(self) -> bool:
@@ -68,7 +70,10 @@ class Path:
 
     def collate(self, pad_id: int) -> batches.Collate:
         """The function that makes a micro-batch for this path."""
-        known: dict[str, batches.Collate] = {ROWS: batches.packed, MASK: batches.flat}
+        known: dict[str, batches.Collate] = {
+            ROWS: self.packed or batches.packed,
+            MASK: batches.flat,
+        }
         return known.get(self.layout) or self.padding or batches.padder(pad_id)
 
 
@@ -88,21 +93,23 @@ def choose(
     packing: bool = True,
     autocast: Autocast = contextlib.nullcontext,
     padding: batches.Collate | None = None,
+    packed: batches.Collate | None = None,
 ) -> Path:
     """The leanest exact path for a model, which is left in the attention that the path needs.
 
     longest: tokens of the longest row of the run; a sliding window beyond it plays no part.
-    padding: how the rows of an encoder or an encoder-decoder are collated, which are never packed.
+    padding: how the rows of an encoder or an encoder-decoder are collated; they are packed only as
+    `packed` does.
     Random state, gradients and weights are as before. Raises nothing of the model's own: a way
     that fails is a way that is not taken.
     """
     attention.register()
     own = model.config._attn_implementation
     with _undisturbed(model):
-        probe = _Probe(model, own, longest, autocast, padding)
+        probe = _Probe(model, own, longest, autocast, padding, packed)
         head, notes = _head(probe)
         layout = PADDING
-        if padding is not None:
+        if padding is not None and packed is None:
             pass
         elif not packing:
             notes.append("training.packing is off")
@@ -111,7 +118,7 @@ def choose(
             notes += refused
     model.set_attn_implementation(attention.NAME if layout == ROWS else own)
     why = f"batches: {LAYOUTS[layout]}, {HEADS[head]}"
-    return Path(layout, head, f"{why} ({'; '.join(notes)})" if notes else why, padding)
+    return Path(layout, head, f"{why} ({'; '.join(notes)})" if notes else why, padding, packed)
 
 
 def differs(
@@ -149,7 +156,8 @@ def _head(probe: _Probe) -> tuple[str, list[str]]:
 
 def _layout(probe: _Probe, head: str) -> tuple[str, list[str]]:
     notes: list[str] = []
-    for layout in (ROWS, MASK):
+    # The library's block mask is made for decoders.
+    for layout in (ROWS, MASK) if probe.padding is None else (ROWS,):
         reason = probe.against(layout, head)
         if reason is None:
             return layout, notes
@@ -167,8 +175,10 @@ class _Probe:
         longest: int,
         autocast: Autocast,
         padding: batches.Collate | None = None,
+        packed: batches.Collate | None = None,
     ) -> None:
-        self.model, self.own, self.autocast, self.padding = model, own, autocast, padding
+        self.model, self.own, self.autocast = model, own, autocast
+        self.padding, self.packed = padding, packed
         trained = sorted((p for p in model.parameters() if p.requires_grad), key=torch.numel)
         room = np.cumsum([p.numel() for p in trained]) <= _COMPARED
         self.compared = [p for p, fits in zip(trained, room, strict=True) if fits] or trained[:1]
@@ -218,7 +228,7 @@ class _Probe:
 
     def _seen(self, layout: str, head: str) -> _Seen:
         self.model.set_attn_implementation(attention.NAME if layout == ROWS else self.own)
-        collate = Path(layout, head, "", self.padding).collate(pad_id=0)
+        collate = Path(layout, head, "", self.padding, self.packed).collate(pad_id=0)
         batch = collate(self.rows, np.arange(len(self.rows))).to(self.device)
         with torch.no_grad(), self.autocast():
             logits = losses.own(self.model(**batch.inputs()).logits.float(), batch)
@@ -276,6 +286,10 @@ def _rows(model: Any, longest: int, *, decoder: bool = True) -> data.Corpus:
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [torch.randint(0, vocabulary, (n,), generator=draw).tolist() for n in lengths]
+    if not decoder:
+        # RoBERTa's kind counts no place for padding, which stands in no text.
+        pad = getattr(model.config, "pad_token_id", None)
+        ids = [[(id_ + (id_ == pad)) % vocabulary for id_ in row] for row in ids]
     return data.from_tokens(
         [encoding.Tokens(row, [k >= len(row) // 2 for k in range(len(row))]) for row in ids]
     )

@@ -329,7 +329,8 @@ class Recipe(Record):
     model: Model
     """The model to start from."""
     adapter: dict[str, Any] | None = None
-    """Train an adapter: the fields of the peft config named by `peft_type`."""
+    """Train an adapter: the fields of the peft config named by `peft_type`. `lora` goes into every
+    linear layer with twice its rank as `lora_alpha` (8 and 16), where nothing else is said."""
     quantization: dict[str, Any] | None = None
     """Keep the frozen base in few bits under an adapter: the fields of the transformers config that
     `quant_method` names, such as `bitsandbytes` and `load_in_4bit: true` (`itune[quant]`)."""
@@ -358,7 +359,23 @@ class Recipe(Record):
         output = data.get("output", {})
         if isinstance(output, dict) and "dir" not in output and "name" in data:
             data["output"] = {**output, "dir": str(Path("runs") / str(data["name"]))}
+        if isinstance(data.get("adapter"), dict):
+            data["adapter"] = _lora(data["adapter"])
         return data
+
+
+def _lora(adapter: dict[str, Any]) -> dict[str, Any]:
+    """An `adapter` section, of LoRA with what peft leaves to a list of models or has too small."""
+    if str(adapter.get("peft_type")).lower() != "lora":
+        return adapter
+    filled = dict(adapter)
+    if not {"target_modules", "target_parameters"} & set(adapter):
+        filled["target_modules"] = "all-linear"
+    rank = filled.setdefault("r", 8)
+    # Scaled by the root of the rank, twice the rank would be far too much.
+    if isinstance(rank, int) and not adapter.get("use_rslora"):
+        filled.setdefault("lora_alpha", 2 * rank)
+    return filled
 
 
 # --- reading ------------------------------------------------------------------------------------

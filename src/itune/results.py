@@ -166,25 +166,37 @@ def _shown(change: scoring.Change) -> dict[str, Any]:
 
 
 def perplexity(name: str, path: str, sums: Array, rival: Rival | None, way: Way) -> dict[str, Any]:
-    """The perplexity of a source of plain text, from the loss and the tokens of each text."""
-    from itune.metrics.perplexity import Perplexity
+    """The perplexity of a source of plain text, from the loss and the tokens of each text.
 
-    metric = Perplexity()
+    And its bits per byte, where a third column has the bytes that the loss is over.
+    """
+    from itune.metrics.perplexity import BitsPerByte, Perplexity
+
+    columns = [(Perplexity(), [0, 1]), (BitsPerByte(), [0, 2])][: sums.shape[1] - 1]
     made: dict[str, Any] = {"data": path, "rows": len(sums), "wordings": []}
-    scores = resampling.score(metric, sums, **way.options)
-    made["scores"] = {key: asdict(each) for key, each in scores.items()}
+    made["scores"] = _foretold(sums, columns, way)
     if rival is not None and name in rival.losses:
         theirs = rival.losses[name][1]
         if len(theirs) != len(sums) or (theirs[:, 1] != sums[:, 1]).any():
             return made  # other tokens: a perplexity a token says nothing there
-        scores = resampling.score(metric, theirs, **way.options)
-        differences = resampling.compare(metric, sums, theirs, **way.options)
+        differences: dict[str, Any] = {}
+        for metric, these in columns:
+            differences |= resampling.compare(
+                metric, sums[:, these], theirs[:, these], **way.options
+            )
         made["against"] = {
             "name": rival.name,
-            "scores": {key: asdict(each) for key, each in scores.items()},
+            "scores": _foretold(theirs, columns, way),
             "difference": {key: asdict(each) for key, each in differences.items()},
         }
     return made
+
+
+def _foretold(sums: Array, columns: Any, way: Way) -> dict[str, Any]:
+    scores: dict[str, Any] = {}
+    for metric, these in columns:
+        scores |= resampling.score(metric, sums[:, these], **way.options)
+    return {key: asdict(each) for key, each in scores.items()}
 
 
 def adjust(tasks: Mapping[str, Any]) -> None:

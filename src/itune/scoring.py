@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from itune.metrics.tables import Table
 
 # The values of metrics that ship with itune of which the smaller is the better.
-LESS_IS_BETTER = ("ter", "perplexity")
+LESS_IS_BETTER = ("ter", "perplexity", "bits_per_byte")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ things are a prompt, a traceback, random weights in place of missing ones, or no
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ CONFIGS = (
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 MOST_NAMES = 3
+HEAD_SEED = 0  # of a head that was not saved: the same whenever its model is loaded
 
 
 def check(folder: str) -> None:
@@ -173,13 +175,18 @@ def _check_whole(path: Path) -> None:
 # --- what was loaded ----------------------------------------------------------------------
 
 
-def loaded(name: str, call: Callable[..., Any]) -> Any:
+def loaded(name: str, call: Callable[..., Any], *, head_may_be_new: bool = False) -> Any:
     """The model that `call(**options)` loads, if all of its weights were there.
 
-    Raises ModelError where some are missing, of another shape or not finite: the library would
+    With `head_may_be_new` a head that was not saved is drawn from a seed, always the same, and
+    told of, if its output layer is the embeddings themselves: so an encoder that was saved without
+    one can be tuned. The layers drawn are the model's `drawn`, a tuple of their names.
+
+    Raises ModelError where weights are missing, of another shape or not finite: the library would
     draw them at random, and train on. Weights that the model has no place for are told of.
     """
-    model, found = call(output_loading_info=True, ignore_mismatched_sizes=True)
+    with _drawing(head_may_be_new):
+        model, found = call(output_loading_info=True, ignore_mismatched_sizes=True)
     other = sorted(found["mismatched_keys"])
     if other:
         key, theirs, ours = other[0]
@@ -188,7 +195,13 @@ def loaded(name: str, call: Callable[..., Any]) -> Any:
             f"{tuple(ours)}{_more(other)}. config.json and weights do not belong together."
         )
     missing = sorted(found["missing_keys"])
-    if missing:
+    if missing and head_may_be_new and _is_head(model, missing):
+        model.drawn = _layers_of(model, missing)
+        launching.warn(
+            f"{name}: it was saved without the head that fills masks, so that is drawn from a "
+            f"seed: {_listed(missing)}. Untuned it answers by chance; tuning trains the head too."
+        )
+    elif missing:
         raise errors.ModelError(
             f"{name}: weights are missing: {_listed(missing)}. Fetch it again, or name a model "
             f"that was saved as a {type(model).__name__}."
@@ -201,6 +214,39 @@ def loaded(name: str, call: Callable[..., Any]) -> Any:
         )
     _refuse_non_finite(name, model)
     return model
+
+
+@contextlib.contextmanager
+def _drawing(seeded: bool) -> Iterator[None]:
+    """What is drawn at random within is always the same, if so asked."""
+    if not seeded:
+        yield
+        return
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(HEAD_SEED)
+        yield
+
+
+def _is_head(model: Any, missing: list[str]) -> bool:
+    """Whether missing weights are of the head alone, and none is its output layer's matrix."""
+    output, inside = model.get_output_embeddings(), f"{model.base_model_prefix}."
+    matrices = {name for name, each in model.named_parameters() if each is output.weight}
+    own = [name for name in missing if name.startswith(inside) or name in matrices]
+    tied = output.weight is model.get_input_embeddings().weight
+    return tied and not own
+
+
+def _layers_of(model: Any, names: list[str]) -> tuple[str, ...]:
+    """The layers that hold these weights, but for those about the output layer: its bias is 0."""
+    output = model.get_output_embeddings()
+    every = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    return tuple(
+        layer
+        for layer in every
+        if all(m is not output for m in model.get_submodule(layer).modules())
+    )
 
 
 def _listed(names: list[str]) -> str:

@@ -58,8 +58,8 @@ def fault(name: str) -> str:
         place, _, revision = name.partition("@")
         known = place and revision and place.count("/") <= 1
         return "" if known else f"{errors.shown(name)} is no NAME@REVISION of the hub."
-    if name == "perplexity":
-        return "perplexity is measured on sources without a template, unasked. Leave it out."
+    if name in ("perplexity", "bits_per_byte"):
+        return f"{name} is measured on sources without a template, unasked. Leave it out."
     base, colon, words = name.partition(":")
     if base not in METRICS:
         if "/" in name:

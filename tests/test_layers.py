@@ -20,6 +20,7 @@ ORDER = (
     "errors",
     "memory",
     "storage",
+    "beats",
     "signals",
     "charts",
     "contrasts",

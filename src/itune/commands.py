@@ -78,14 +78,17 @@ def train(
     if preview:
         _preview(recipe, command, common, screen, preview)
         return
-    launching.ensure(common.processes or recipe.launch.num_processes, arguments)
+    hang = recipe.launch.hang_timeout
+    wanted = common.processes or recipe.launch.num_processes
+    launching.ensure(wanted, arguments, folder=recipe.output.dir, hang_timeout=hang)
     with _opened(recipe, command, fresh=fresh, allowed=allowed) as (run, state):
         if state == "finished":
             screen.say(f"{run.dir}: already complete. Start it anew with --fresh.")
             _merge_late(recipe, run, screen)
         else:
             screen.say(f"{command}: {recipe.name} in {run.dir}")
-            _watched(recipe, run, screen)
+            with launching.heard(run.dir, hang):
+                _watched(recipe, run, screen)
     _emit(common, _summary(run))
 
 

@@ -59,6 +59,7 @@ ORDER = (
     "weights",
     "adapters",
     "models",
+    "fingerprints",
     "checkpoints",
     "jobs",
     "optimizers",

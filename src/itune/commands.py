@@ -159,6 +159,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     accelerator = jobs.accelerator(recipe, place)
     launching.check(accelerator)
     doctor.check(recipe, encoder, screen.say)
+    files = starting.base_files(recipe, run)
     model = starting.untrained(recipe, tokenizer, place)
     base = finishing.base_of(recipe, run, model, tokenizer, keep=accelerator.is_main_process)
     models.check_fits(model, corpus, settings.max_length)
@@ -197,6 +198,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         run.update(
             state="running",
             base=recipe.model.name,
+            base_files=files,
             computing=place.why,
             processes=accelerator.num_processes,
             parameters=total,

@@ -190,6 +190,8 @@ class _Loop:
                 meta=vars(self.at).copy(),
             )
             storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
+            if self.row_losses is not None:
+                self.row_losses.sync()
             with beats.PULSE.working(False):
                 checkpoints.save(
                     self.run.checkpoints,
@@ -206,7 +208,9 @@ class _Loop:
         """Every step of the plan that is not done yet."""
         self.job.model.train()
         if self.settings.row_losses:
-            self.row_losses = rowlosses.File(self.run.dir, self.at.step)
+            self.row_losses = rowlosses.File(
+                self.run.dir, self.at.step, writes=self.accelerator.is_main_process
+            )
         left = len(self.job.plan) - self.at.step
         watched = self.settings.profile and self.accelerator.is_main_process
         profile = timing.Profile(self.run.dir, on=watched, left=left)

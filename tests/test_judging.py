@@ -143,7 +143,13 @@ def test_other_weights_or_another_prompt_ask_anew(folder: Path, cli: Cli, asked:
     result(cli(*run, "--json"))
     assert asked == ["load", "generate"], "one row alone was asked otherwise"
     asked.clear()
-    os.utime(folder / "runs/lora/model/adapter_model.safetensors", (1, 1))
+    weights = folder / "runs/lora/model/adapter_model.safetensors"
+    os.utime(weights, (1, 1))
+    assert "asked anew" not in cli(*run).err, "a copy has other times, and is the same model"
+    assert asked == []
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
     assert "answers by another model; asked anew" in cli(*run).err
     assert asked == ["load", *["generate"] * 5]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +68,46 @@ def test_a_row_that_does_not_fit_alone_is_named(
     assert "tokens alone do not fit the memory" in ended.err
     assert "training.max_length (128)" in ended.err
     assert not json.dumps((tmp_path / "runs/tune/log.jsonl").read_text()).strip('"')
+
+
+SHORT = """
+import os, sys
+from itune import cli, losses
+import torch
+real = losses.summed
+def summed(model, batch, **given):
+    loss = real(model, batch, **given)
+    if model.training and batch.ids.numel() > 50 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    return loss
+losses.summed = summed
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_runs_short_both_take_smaller_batches(
+    tmp_path: Path, tiny_model_dir: Path, itune: Callable[..., Any]
+) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    (tmp_path / "short.py").write_text(SHORT)
+    options = ["tune", "-r", "tune.yaml", "-s", "training.max_steps=5", "-s"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "short.py"]
+    done = subprocess.run(
+        [sys.executable, *launch, *options, "adapter.lora_dropout=0", "-o", "runs/short"],
+        cwd=tmp_path, env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "does not fit the memory" in line]
+    assert len(said) == 1, "the first process alone speaks"
+    chosen = said[0].split("does not fit the memory: ")[1].split(" ")[0]
+    same = itune(
+        *options, "adapter.lora_dropout=0", "-p", "2", "-o", "runs/same",
+        "-s", f"training.micro_batch_tokens={chosen}",
+    )  # fmt: skip
+    assert same.returncode == 0, same.stderr
+    short, wanted = losses_of(tmp_path / "runs/short"), losses_of(tmp_path / "runs/same")
+    assert [step for step, _, _ in short] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(short, wanted, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)

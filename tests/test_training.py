@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from itune import checkpoints, errors, losses
+from itune import checkpoints, errors, losses, rowlosses, storage
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
@@ -170,6 +170,40 @@ def test_a_killed_run_keeps_each_row_loss_once(
         for name in ("killed", "straight")
     )
     assert killed == straight
+
+
+def test_row_losses_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    done: list[str] = []
+
+    class Told(storage.Disk):
+        def sync(self, path: Path) -> None:
+            done.append(path.name)
+            super().sync(path)
+
+        def rename(self, old: Path, new: Path) -> None:
+            done.append(new.name)
+            super().rename(old, new)
+
+    monkeypatch.setattr(storage, "DISK", Told())
+    rows = ("--set", "training.row_losses=true")
+    assert cli("tune", "-r", "tune.yaml", "-o", "runs/one", *rows).code == 0
+    ends = [done.index(f"{step:06}") for step in (4, 8, 12)]
+    for begin, end in zip([0, *ends], ends, strict=False):
+        assert {"row_losses.jsonl", "log.jsonl"} <= set(done[begin:end])
+
+
+def test_what_a_power_cut_left_behind_a_checkpoint_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / rowlosses.NAME
+    whole = '{"step": 1, "row": 1}\n{"step": 2, "row": 2}\n'
+    for lost in ("\0\0\0\n", '{"step": 3}\n', '{"st\n{"step": 2, "row": 9}\n', "[]\n", "5\n"):
+        path.write_text(whole + lost)
+        rowlosses.File(tmp_path, 2, writes=False)
+        assert path.read_text() == whole + lost, "another process has no business in it"
+        rowlosses.File(tmp_path, 2, writes=True)
+        assert path.read_text() == whole
 
 
 def test_the_run_says_how_it_computes(tmp_path: Path, tiny_model_dir: Path, cli: Any) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import hashlib
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, predictions, recipes, scoring, signals, sources
+from itune import errors, fingerprints, predictions, recipes, scoring, signals, sources
 
 if TYPE_CHECKING:
     from itune import data
@@ -150,7 +148,7 @@ class Answerer:
         generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
         generation.pop("transformers_version", None)
         mark: dict[str, Any] = {
-            "model": _identity(self.location, self.config),
+            "model": fingerprints.digest(fingerprints.of(self.location, self.config)),
             "dtype": str(self.place.dtype).removeprefix("torch."),
             "generation": generation,
             "decide": self.asked.decide,
@@ -339,28 +337,3 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _identity(location: str, config: Any) -> Mapping[str, Any]:
-    """What a model is: the commit of one of the hub, the files of a folder; an adapter's base too.
-
-    Small files count by their content; weights by size and time, as reading them all would take
-    as long as loading them.
-    """
-    from itune import models
-
-    folder = Path(models.resolve(location))
-    if not folder.is_dir():
-        return {"name": str(folder), "commit": getattr(config, "_commit_hash", None)}
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin"):
-            files[path.name] = f"{path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
-        elif path.suffix in (".json", ".jinja", ".model", ".txt"):
-            files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    text = json.dumps(files, sort_keys=True)
-    found: dict[str, Any] = {"files": hashlib.sha256(text.encode()).hexdigest()}
-    adapter = models.adapter_of(str(folder))
-    if adapter is not None:
-        found["base"] = _identity(str(adapter["base_model_name_or_path"]), config)
-    return found

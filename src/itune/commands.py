@@ -78,14 +78,17 @@ def train(
     if preview:
         _preview(recipe, command, common, screen, preview)
         return
-    launching.ensure(common.processes or recipe.launch.num_processes, arguments)
+    hang = recipe.launch.hang_timeout
+    wanted = common.processes or recipe.launch.num_processes
+    launching.ensure(wanted, arguments, folder=recipe.output.dir, hang_timeout=hang)
     with _opened(recipe, command, fresh=fresh, allowed=allowed) as (run, state):
         if state == "finished":
             screen.say(f"{run.dir}: already complete. Start it anew with --fresh.")
             _merge_late(recipe, run, screen)
         else:
             screen.say(f"{command}: {recipe.name} in {run.dir}")
-            _watched(recipe, run, screen)
+            with launching.heard(run.dir, hang):
+                _watched(recipe, run, screen)
         _emit(common, _summary(run))
         if recipe.output.push and launching.is_main():
             from itune import pushing
@@ -169,6 +172,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
     accelerator = jobs.accelerator(recipe, place)
     launching.check(accelerator)
     doctor.check(recipe, encoder, screen.say)
+    files = starting.base_files(recipe, run)
     model = starting.untrained(recipe, tokenizer, place)
     base = finishing.base_of(recipe, run, model, tokenizer, keep=accelerator.is_main_process)
     models.check_fits(model, corpus, settings.max_length)
@@ -219,6 +223,7 @@ def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> Non
         run.update(
             state="running",
             base=recipe.model.name,
+            base_files=files,
             computing=place.why,
             processes=accelerator.num_processes,
             parameters=total,

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate import Accelerator
 
+from itune import beats
+
 CHUNK = 1 << 24  # chosen: numbers summed in one call; 64 MB are long enough to be fast
 
 
@@ -19,7 +21,8 @@ def least(value: int, accelerator: Accelerator) -> int:
     if accelerator.num_processes == 1:
         return value
     own = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
-    return int(accelerator.gather(own).min())
+    with beats.PULSE.meeting():
+        return int(accelerator.gather(own).min())
 
 
 def add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
@@ -31,7 +34,8 @@ def add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -
             p.grad = torch.zeros_like(p)
     for some in _chunks([p.grad for p in parameters if p.grad is not None]):
         flat = torch.cat([each.flatten() for each in some])
-        torch.distributed.all_reduce(flat)
+        with beats.PULSE.meeting():
+            torch.distributed.all_reduce(flat)
         start = 0
         for each in some:
             each.copy_(flat[start : start + each.numel()].view_as(each))

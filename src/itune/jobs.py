@@ -5,14 +5,16 @@ Needs torch.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
-from itune import batches, errors, losses, models, plans, probing, recipes
+from itune import batches, beats, errors, losses, models, plans, probing, recipes
 
 if TYPE_CHECKING:
     from itune import data
@@ -40,6 +42,7 @@ def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
         mixed_precision="bf16" if mixed else "no",
         log_with=trackers or None,
         project_dir=str(recipe.output.dir) if trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_longest_wait(recipe))],
     )
     if trackers:
         try:
@@ -51,6 +54,12 @@ def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
                 "or leave it out."
             ) from error
     return made
+
+
+def _longest_wait(recipe: recipes.Recipe) -> datetime.timedelta:
+    """How long a collective call may wait: for whom the beats do not tell of, such as a machine
+    that is gone while the first process loads or saves. On a CPU the library would set none."""
+    return datetime.timedelta(seconds=max(2 * recipe.launch.hang_timeout, 1800))
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -96,6 +105,8 @@ def measure(
         with accelerator.autocast():
             loss = losses.summed(accelerator.unwrap_model(model), batch, head=job.path.head)
         total += loss.double().cpu()
+        beats.PULSE.beat()
     model.train(was_training)
-    summed = accelerator.reduce(total.to(accelerator.device, torch.float64), "sum")
+    with beats.PULSE.meeting():
+        summed = accelerator.reduce(total.to(accelerator.device, torch.float64), "sum")
     return float(summed) / max(1, int(corpus.targets[np.concatenate(pieces)].sum()))

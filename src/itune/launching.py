@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import errors, signals
+from itune import beats, errors, signals
 
 # Set for processes whose launcher is itune itself, to a name of that launch alone.
 SUPERVISED = "ITUNE_SUPERVISED"
@@ -29,10 +29,17 @@ LAUNCHER = {
 }
 
 
-def ensure(processes: int | None, arguments: Sequence[str]) -> None:
+def ensure(
+    processes: int | None,
+    arguments: Sequence[str],
+    *,
+    folder: Path | None = None,
+    hang_timeout: float = 600.0,
+) -> None:
     """Run itune again in several processes when that is asked for, and end with their exit code.
 
-    Returns when one process does, and under a launcher, which has started them already.
+    Returns when one process does, and under a launcher, which has started them already. `folder`:
+    where they are `heard`, so that one which stands still for `hang_timeout` seconds ends them all.
     """
     _refuse_sharding()
     if processes is None or processes <= 1 or "LOCAL_RANK" in os.environ:
@@ -45,7 +52,9 @@ def ensure(processes: int | None, arguments: Sequence[str]) -> None:
     for name, value in LAUNCHER.items():
         os.environ.setdefault(name, value)
     on_gpus = torch.cuda.is_available()
-    sys.exit(_supervised((_on_gpus if on_gpus else _on_cpu)(processes, arguments)))
+    start = (_on_gpus if on_gpus else _on_cpu)(processes, arguments)
+    watch = None if folder is None else beats.Hang(folder, launch_id(), processes, hang_timeout)
+    sys.exit(_supervised(start, watch))
 
 
 def _refuse_sharding() -> None:
@@ -84,11 +93,24 @@ def _on_cpu(processes: int, arguments: Sequence[str]) -> Callable[[], None]:
     return lambda: run.run(parsed)
 
 
-def _supervised(start: Callable[[], None]) -> int:
+def _supervised(start: Callable[[], None], hang: beats.Hang | None) -> int:
     """The exit code of processes that are started and waited for.
 
-    It is that of the process which failed first, and its message is told once.
+    It is that of the process which failed first, or of the hang that they were ended for; its
+    message is told once.
     """
+    with contextlib.nullcontext() if hang is None else hang.watched(_kill_all):
+        return _waited_for(start, hang)
+
+
+def _kill_all(hang: beats.Hang) -> None:
+    """End processes of which one stands still: a stopped one hears no other signal."""
+    for beat in hang.watch.last():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(beat.pid, signal.SIGKILL)
+
+
+def _waited_for(start: Callable[[], None], hang: beats.Hang | None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -97,6 +119,9 @@ def _supervised(start: Callable[[], None]) -> int:
     try:
         start()
     except ChildFailedError as error:
+        if hang is not None and hang.found is not None:
+            sys.stderr.write(f"error: {hang.found}\n")
+            return hang.found.exit_code
         rank, failure = error.get_first_failure()
         if failure.exitcode in errors.EXIT_CODES:
             _tell(failure.error_file_data, failure.message)
@@ -181,6 +206,41 @@ def launch_id() -> str:
 def is_main() -> bool:
     """Whether this process speaks for the others."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+# --- one that stands still ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def heard(folder: Path, seconds: float) -> Iterator[None]:
+    """Have this process's beats in the run's folder, where there are several processes.
+
+    Where itune's own launcher does not watch them, each watches all, and ends itself when one
+    stands still for so many seconds.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if world == 1:
+        yield
+        return
+    alone = bool(os.environ.get(SUPERVISED))
+    hang = beats.Hang(folder, launch_id(), world, seconds)
+    with (
+        beats.PULSE.written(folder, launch_id(), rank, seconds),
+        contextlib.nullcontext() if alone else hang.watched(_end_myself),
+    ):
+        yield
+
+
+def _end_myself(hang: beats.Hang) -> None:
+    """End this process, whatever its main thread waits for, and who stands still beside it."""
+    assert hang.found is not None
+    tell(f"error: {hang.found}\n")
+    sys.stderr.flush()
+    for beat in hang.watch.last():
+        if beat.host == socket.gethostname()[:100] and beat.pid != os.getpid():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGKILL)
+    os._exit(hang.found.exit_code)
 
 
 # --- the first before the others ----------------------------------------------------------

@@ -279,6 +279,9 @@ class Launch(Record):
 
     num_processes: Annotated[Whole, Field(ge=1)] | None = None
     """Processes, one a device; one when left out. `--processes` says the same."""
+    hang_timeout: Annotated[Number, Field(ge=1)] = 600.0
+    """Seconds in which each of several processes must finish a micro-batch; one that stands still
+    for as long is named, and ends the run."""
 
 
 class Output(Record):

@@ -6,6 +6,7 @@ cut or empty. Needs torch.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,13 +53,17 @@ def of_batch(
 
 
 class File:
-    """The file in a run's folder. Lines after the step that a run resumes from are taken out."""
+    """The file in a run's folder. Lines after the step that a run resumes from are taken out.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    Of several processes one alone `writes`; another would put its own cut over what came since.
+    """
+
+    def __init__(self, folder: Path, step: int, *, writes: bool) -> None:
         self.path = folder / NAME
-        if self.path.is_file():
+        if writes and self.path.is_file():
             *lines, _torn_by_a_kill = self.path.read_text(encoding="utf-8").split("\n")
-            storage.write(self.path, "".join(f"{line}\n" for line in lines if _before(line, step)))
+            kept = itertools.takewhile(lambda line: _before(line, step), lines)
+            storage.write(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, epoch: float, records: Sequence[dict[str, Any]]) -> None:
         """One step's rows."""
@@ -66,6 +71,15 @@ class File:
             for record in records:
                 file.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
 
+    def sync(self) -> None:
+        """Have all lines on the disk, before a checkpoint that counts on them."""
+        if self.path.is_file():
+            storage.DISK.sync(self.path)
+
 
 def _before(line: str, step: int) -> bool:
-    return int(json.loads(line)["step"]) <= step
+    """Whether a line is of a step that is done. Behind a checkpoint a power cut may leave any."""
+    try:
+        return int(json.loads(line)["step"]) <= step
+    except (ValueError, LookupError, TypeError):
+        return False

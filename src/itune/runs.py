@@ -78,6 +78,13 @@ class Run:
         """Where the checkpoints lie."""
         return self.dir / "checkpoints"
 
+    @property
+    def untried(self) -> bool:
+        """Whether a run is there that took no step: nothing would be lost with it."""
+        tried = any(self.checkpoints.glob("[!.]*")) or bool(self.log_lines())
+        made = (self.dir / "run.json").is_file()
+        return made and not tried and self.manifest["state"] != "finished"
+
     def update(self, **fields: Any) -> None:
         """Set fields of run.json."""
         storage.write(self.dir / "run.json", to_json({**self.manifest, **fields}, indent=2) + "\n")
@@ -131,7 +138,7 @@ def opened(
     run = Run(recipe.output.dir)
     _refuse_foreign(run)
     # What failed before its first step, in its data say, is in nobody's way once it is mended.
-    fresh = fresh or (_untried(run) and not _same(run, recipe, command))
+    fresh = fresh or (run.untried and not _same(run, recipe, command))
     if not fresh and (run.dir / "run.json").is_file():
         _refuse_another(run, recipe, command, allowed)
         if run.manifest["state"] == "finished":
@@ -153,13 +160,6 @@ def opened(
         if state != "finished":
             run.update(launch=launch)
         yield run, state
-
-
-def _untried(run: Run) -> bool:
-    """Whether a run took no step: nothing would be lost with it."""
-    published = any(run.checkpoints.glob("[!.]*"))
-    tried = published or bool(run.log_lines())
-    return (run.dir / "run.json").is_file() and not tried and run.manifest["state"] != "finished"
 
 
 def _same(run: Run, recipe: recipes.Recipe, command: str) -> bool:

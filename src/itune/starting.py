@@ -17,6 +17,7 @@ from itune import (
     encoding,
     errors,
     families,
+    fingerprints,
     launching,
     models,
     objectives,
@@ -84,6 +85,8 @@ def prepared(
 
 def _refuse_other_rows(run: runs.Run, corpus: data.Corpus) -> None:
     """Refuse to go on with rows that changed since the run began: no plan of steps would hold."""
+    if run.untried:
+        return
     before = run.manifest.get("data", {}).get("train", {}).get("sources", [])
     for old, new in zip(before, corpus.reports, strict=False):
         if old["rows"] != new.rows:
@@ -92,6 +95,20 @@ def _refuse_other_rows(run: runs.Run, corpus: data.Corpus) -> None:
                 f"{new.rows[:12]} now; {old['counts']['read']:,} rows then, {new.counts.read:,} "
                 "now). Put them back, or start anew with --fresh."
             )
+
+
+def base_files(recipe: recipes.Recipe, run: runs.Run) -> dict[str, Any] | None:
+    """The fingerprint of the base model, for run.json; None where weights are random.
+
+    Raises ModelError where steps were taken on another one.
+    """
+    if recipe.model.name is None:
+        return None
+    now = fingerprints.of(recipe.model.name, models.config_of(recipe.model))
+    began = run.manifest.get("base_files")
+    if began is not None and not run.untried:
+        fingerprints.refuse_another(recipe.model.name, began, now)
+    return now
 
 
 def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:

@@ -72,3 +72,9 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint that was published in a folder; -1 without any."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return max((int(name) for name in names if name.isdigit()), default=-1)

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 
 from itune import (
     batches,
+    beats,
     checkpoints,
     errors,
     feeding,
@@ -103,7 +104,7 @@ def fit(
     """
     loop = _Loop(job, settings, run, accelerator, watcher)
     loop.resume()
-    with signals.LISTENER.waiting():
+    with signals.LISTENER.waiting(), beats.PULSE.working():
         loop.train()
     return loop.outcome()
 
@@ -166,6 +167,7 @@ class _Loop:
             self._take_smaller(self.at.micro_batch_tokens)
         else:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
+        beats.PULSE.beat(self.at.step)
         if self.accelerator.is_main_process:
             self.run.cut_log(self.at.step)
         plan = self.job.plan
@@ -177,7 +179,7 @@ class _Loop:
 
     def save(self) -> None:
         """Publish a checkpoint of the present step, from rank 0."""
-        rng = gather_object([checkpoints.random_state()])
+        rng = _gathered([checkpoints.random_state()])
         if self.accelerator.is_main_process:
             state = checkpoints.State(
                 step=self.at.step,
@@ -188,13 +190,17 @@ class _Loop:
                 meta=vars(self.at).copy(),
             )
             storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
-            checkpoints.save(
-                self.run.checkpoints,
-                state,
-                run_id=self.run_id,
-                keep=self.settings.save_total_limit,
-            )
-        self.accelerator.wait_for_everyone()
+            if self.row_losses is not None:
+                self.row_losses.sync()
+            with beats.PULSE.working(False):
+                checkpoints.save(
+                    self.run.checkpoints,
+                    state,
+                    run_id=self.run_id,
+                    keep=self.settings.save_total_limit,
+                )
+        with beats.PULSE.meeting():
+            self.accelerator.wait_for_everyone()
 
     # --- steps ---
 
@@ -202,7 +208,9 @@ class _Loop:
         """Every step of the plan that is not done yet."""
         self.job.model.train()
         if self.settings.row_losses:
-            self.row_losses = rowlosses.File(self.run.dir, self.at.step)
+            self.row_losses = rowlosses.File(
+                self.run.dir, self.at.step, writes=self.accelerator.is_main_process
+            )
         left = len(self.job.plan) - self.at.step
         watched = self.settings.profile and self.accelerator.is_main_process
         profile = timing.Profile(self.run.dir, on=watched, left=left)
@@ -252,7 +260,7 @@ class _Loop:
     def _asked_to_stop(self) -> str | None:
         if self.accelerator.num_processes == 1:
             return signals.LISTENER.asked
-        asked = [name for name in gather_object([signals.LISTENER.asked]) if name]
+        asked = [name for name in _gathered([signals.LISTENER.asked]) if name]
         return asked[0] if asked else None
 
     def _step(self, step: plans.Step) -> dict[str, Any]:
@@ -266,6 +274,7 @@ class _Loop:
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.at.step += 1
+        beats.PULSE.beat(self.at.step)
         self.at.tokens += step.tokens
         self.at.supervised_tokens += step.targets
         return {
@@ -339,7 +348,7 @@ class _Loop:
                 f"training.max_length ({self.settings.max_length}), set "
                 "training.gradient_checkpointing, or train an adapter."
             ]
-        raise errors.EnvironmentRefusal(gather_object(said)[0])
+        raise errors.EnvironmentRefusal(_gathered(said)[0])
 
     def _gradients(self, step: plans.Step) -> torch.Tensor:
         """Accumulate this rank's part of the step's gradient; returns its summed loss, a scalar."""
@@ -349,6 +358,7 @@ class _Loop:
             self.rows = rows
             each: losses.Each | None = None if self.row_losses is None else []
             summed += self._backward(batch, 1 / max(1, step.targets), each)
+            beats.PULSE.beat()
             if each is not None:
                 self.records += rowlosses.of_batch(self.job.corpus, rows, batch, each)
         return summed
@@ -369,7 +379,8 @@ class _Loop:
         """The optimiser's step unless something is not finite; returns (loss, gradient norm)."""
         limit = self.settings.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
-        total = self.accelerator.reduce(summed, "sum")
+        with beats.PULSE.meeting():
+            total = self.accelerator.reduce(summed, "sum")
         if norm is None:
             norm = torch.full_like(total, math.nan)
         # The one place in a step where the device is waited for.
@@ -398,7 +409,7 @@ class _Loop:
 
     def _report(self, record: dict[str, Any]) -> None:
         if self.row_losses is not None:
-            found, self.records = gather_object(self.records), []
+            found, self.records = _gathered(self.records), []
             if self.accelerator.is_main_process:
                 self.row_losses.add(record["step"], record["epoch"], found)
         if self.accelerator.is_main_process:
@@ -422,3 +433,10 @@ class _Loop:
             loss=sum(finite) / len(finite) if finite else float("nan"),
             heldout_loss=self.at.heldout_loss,
         )
+
+
+def _gathered(own: list[Any]) -> list[Any]:
+    """The items of every process's list, in the order of processes."""
+    with beats.PULSE.meeting():
+        found: list[Any] = gather_object(own)
+    return found

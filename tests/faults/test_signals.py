@@ -170,3 +170,86 @@ def test_runs_started_together_in_one_folder_are_one_run(ready: Path) -> None:
             assert "in use by process" in said
     log = [json.loads(text) for text in (ready / "runs/run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 13))
+
+
+SLEEPER = """
+import os, sys, time
+from itune import training
+real = training._Loop._gradients
+def sleeps(self, step):
+    if self.at.step == 6 and os.environ["RANK"] == "1":
+        time.sleep(600)
+    return real(self, step)
+training._Loop._gradients = sleeps
+"""
+
+
+def hung(folder: Path, *, sleeps: bool) -> tuple[int, str, float]:
+    """A run of two processes of which the second stops or sleeps: code, message, seconds."""
+    options = ["-p", "2", "-s", "launch.hang_timeout=8", "-s", "training.save_steps=2"]
+    line = [sys.executable, "-m", "itune", *LINE, "-s", "training.max_steps=100000", *options]
+    environment = dict(os.environ)
+    if sleeps:
+        (folder / "seam").mkdir()
+        offline = Path(__file__).parents[1] / "offline" / "sitecustomize.py"
+        # Every process reads this first; the fault waits until the trainer is imported.
+        (folder / "seam" / "sitecustomize.py").write_text(
+            offline.read_text(encoding="utf-8") + LATE.format(source=SLEEPER)
+        )
+        path = environment["PYTHONPATH"]
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder / "seam"), path])
+    process = subprocess.Popen(
+        line, cwd=folder, env=environment, text=True,
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    log, deadline = folder / "runs/run/log.jsonl", time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    victim = next(each for each in workers if each.environ().get("RANK") == "1")
+    if not sleeps:
+        victim.suspend()
+    begun = time.monotonic()
+    _, said = process.communicate(timeout=90)
+    took = time.monotonic() - begun
+    assert not any(each.is_running() for each in workers)
+    return process.returncode, said, took
+
+
+LATE = """
+import importlib.abc, sys
+class _Seam(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "itune.training":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            run = spec.loader.exec_module
+            def then(module):
+                run(module)
+                exec({source!r}, {{}})
+            spec.loader.exec_module = then
+            return spec
+import importlib.util
+sys.meta_path.insert(0, _Seam())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sleeps", [False, True], ids=["stopped", "asleep"])
+def test_a_process_that_stands_still_is_named_and_ends_the_run(ready: Path, sleeps: bool) -> None:
+    code, said, took = hung(ready, sleeps=sleeps)
+    assert code == 75, said
+    assert took < 8 + 7, "the processes are ended after it"
+    assert said.count("error:") == 1
+    assert "process 1 of 2" in said
+    assert ("did not move at all" in said) != sleeps
+    last = json.loads((ready / "runs/run/log.jsonl").read_text().splitlines()[-1])["step"]
+    assert f"for 8 s, after step {last}" in said
+    assert "Traceback" not in said
+    from itune import checkpoints
+
+    run_id = json.loads((ready / "runs/run/run.json").read_text())["id"]
+    found, warnings = checkpoints.latest(ready / "runs/run/checkpoints", run_id)
+    assert found is not None
+    assert int(found.name) == last - last % 2
+    assert not warnings

@@ -32,6 +32,8 @@ ORDER = (
     "formats",
     "chats",
     "tokenizing",
+    "guarding",
+    "cutting",
     "encoding",
     "families",
     "runs",

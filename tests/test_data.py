@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tiny_tokenizer
 
-from itune import data, encoding, models, recipes
+from itune import data, encoding, errors, formats, models, recipes, starting
 
 
 def corpus(rows: int, *, dropped: int | None = None, weight: float = 1.0) -> data.Corpus:
@@ -120,3 +121,84 @@ def test_control_strings_in_the_data_are_counted(tmp_path: Path, tiny_tokenizer_
     encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
     made = data.corpus([recipes.Source(path="rows.jsonl")], encoder, recipes.Training())
     assert made.counts.guarded == 2
+
+
+def thoughts(path: Path) -> recipes.Source:
+    answers = ["<think> a </think> b", "plain", "<mask> <think> c", "</s> <mask>"]
+    rows = [{"prompt": f"say {k} <think>", "completion": each} for k, each in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return recipes.Source(path=str(path))
+
+
+def thinking() -> encoding.Encoder:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return encoding.Encoder(models.with_template(tokenizer))
+
+
+def test_control_strings_of_answers_are_told_with_the_way_to_learn_them(tmp_path: Path) -> None:
+    made = data.corpus([thoughts(tmp_path / "rows.jsonl")], thinking(), recipes.Training())
+    assert (made.counts.guarded, made.counts.allowed) == (4, 0)
+    assert made.reports[0].held == {"<mask>": 2, "<think>": 2, "</think>": 1}
+    said = "\n".join(starting.counted(made, 1))
+    assert "4 examples hold control strings of the model, which stay text. To learn" in said
+    assert "allow_control_tokens: ['<think>', '</think>', '<mask>']" in said
+
+
+def test_answers_hold_the_control_tokens_that_their_source_allows(tmp_path: Path) -> None:
+    given = thoughts(tmp_path / "rows.jsonl")
+    allowing = given.model_copy(update={"allow_control_tokens": ("<think>", "</think>")})
+    encoder = thinking()
+    made = data.corpus([allowing, given], encoder, recipes.Training())
+    names = [str(token) for token in encoder.tokenizer.convert_ids_to_tokens(np.asarray(made.ids))]
+    assert (names.count("<think>"), names.count("</think>"), names.count("<mask>")) == (2, 1, 0)
+    assert [(each.counts.allowed, each.held) for each in made.reports] == [
+        (2, {"<mask>": 2}),
+        (0, {"<mask>": 2, "<think>": 2, "</think>": 1}),
+    ]
+    assert "2 examples hold control tokens in their answers" in "\n".join(starting.counted(made, 1))
+    whole = made.example(0)
+    plain = encoder.conversation(
+        [formats.Message("user", "say 0 <think>"), formats.Message("assistant", "b")]
+    )
+    start = plain.supervised.index(True)
+    assert whole[0][:start].tolist() == plain.ids[:start]
+
+
+def test_an_evaluation_source_asks_as_it_trains(tmp_path: Path) -> None:
+    turns = ["why?", "<think> a </think> b", "and?", "c"]
+    row = [{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(turns)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": row}))
+    source = recipes.Source(
+        path=str(tmp_path / "rows.jsonl"), allow_control_tokens=("<think>", "</think>")
+    )
+    encoder = thinking()
+    (task,) = data.tasks([source], encoder, max_prompt=200)
+    ids, _ = data.corpus([source], encoder, recipes.Training()).example(0)
+    assert tuple(ids[: len(task.cases[0].ids)].tolist()) == task.cases[0].ids
+    (opened,) = encoder.tokenizer.convert_tokens_to_ids(["<think>"])
+    assert opened in task.cases[0].ids
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("<thimk>", "is no added token"), ("</s>", "is the tokenizer's eos_token")]
+)
+def test_a_control_token_that_cannot_be_allowed_is_told(
+    tmp_path: Path, name: str, said: str
+) -> None:
+    given = thoughts(tmp_path / "rows.jsonl")
+    with pytest.raises(
+        errors.DataError, match=f"rows.jsonl: allow_control_tokens: '{name}' {said}"
+    ):
+        data.corpus(
+            [given.model_copy(update={"allow_control_tokens": (name,)})],
+            thinking(),
+            recipes.Training(),
+        )
+
+
+def test_a_plain_text_has_no_answers_that_could_hold_control_tokens(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    source = recipes.Source(path=str(tmp_path / "rows.jsonl"), allow_control_tokens=("<think>",))
+    with pytest.raises(errors.DataError, match="allow_control_tokens: its rows are plain text"):
+        data.corpus([source], thinking(), recipes.Training())

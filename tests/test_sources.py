@@ -380,6 +380,7 @@ def changed_tokenizer(**keys: Any) -> encoding.Encoder:
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "max_length": lambda: {"max_length": 63},
     "train_on": lambda: {"train_on": "last"},
+    "allow_control_tokens": lambda: {"allow_control_tokens": ("<mask>",)},
     "seed": lambda: {"seed": 18},
     "rename": lambda: {"rename": {"completion": "answer"}},
     "limit": lambda: {"limit": 5},
@@ -391,6 +392,9 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+OWN = ("rename", "limit", "split", "allow_control_tokens")
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_misses_the_cache(change: str) -> None:
     Path("say.yaml").write_text(SAY)
@@ -400,7 +404,7 @@ def test_a_change_misses_the_cache(change: str) -> None:
     assert name_of(changed_tokenizer(), given) == before
     keys = CHANGES[change]()
     encoder = changed_tokenizer(**keys.pop("encoder", {}))
-    own = {key: keys.pop(key) for key in ("rename", "limit", "split") if key in keys}
+    own = {key: keys.pop(key) for key in OWN if key in keys}
     keys = {key: keys[key] for key in keys if key not in ("template", "data")}
     assert name_of(encoder, given.model_copy(update=own), **keys) != before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,17 @@ class Encoder:
         bound.cutter.allowed = guarding.allowed(names, self.tokenizer, self._taken())
         return bound
 
+    @functools.cached_property
+    def allowable(self) -> tuple[str, ...]:
+        """The control strings that answers could hold as tokens and do not."""
+        taken = self._taken()
+        known = self.tokenizer.added_tokens_decoder
+        return tuple(
+            str(known[id_])
+            for id_ in sorted(self.control)
+            if id_ not in taken and id_ not in self.cutter.allowed.known and str(known[id_])
+        )
+
     def _taken(self) -> dict[int, str]:
         """The ids that no answer may hold, and what each of them does."""
         marks = [
@@ -119,19 +131,27 @@ class Encoder:
         data wrote are tokenised apart. `before`: the ids of the piece before it."""
         ids: list[int] = []
         for owner, text in self._parts(messages, cuts, number):
-            answers = owner is not None and owner.role == "assistant"
-            for part in self.cutter.allowed.split(text) if answers else filter(None, [text]):
-                inner = not self.texts.opens(ids or before)
-                if owner is None:
-                    ids += self.texts.ids([part], inner=inner)[0]
-                elif answers and part in self.cutter.allowed.ids:
-                    ids.append(self.cutter.allowed.ids[part])
-                else:
-                    ids += self.texts.bare(part, inner=inner)
+            inner = not self.texts.opens(ids or before)
+            if owner is not None and owner.role == "assistant":
+                ids += self._spoken(text, ids or before)
+            elif owner is not None:
+                ids += self.texts.bare(text, inner=inner)
+            elif text:
+                ids += self.texts.ids([text], inner=inner)[0]
         if self._own(ids) != self._own(self.cutter.controls(messages, cuts)[number]):
             raise errors.DataError(
                 "the text turns into control tokens of the model. Take the row out."
             )
+        return ids
+
+    def _spoken(self, answer: str, before: Sequence[int]) -> list[int]:
+        """Ids of an answer, or a part of one: text, and the control tokens that it may hold."""
+        allowed, ids = self.cutter.allowed, list[int]()
+        for part in allowed.split(answer):
+            if part in allowed.ids:
+                ids.append(allowed.ids[part])
+            else:
+                ids += self.texts.bare(part, inner=not self.texts.opens(ids or before))
         return ids
 
     def _own(self, ids: Sequence[int]) -> list[int]:

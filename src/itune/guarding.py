@@ -154,3 +154,11 @@ def allowed(names: Sequence[str], tokenizer: Any, taken: Mapping[int, str]) -> A
                 "Take it off the list."
             )
     return Allowed({name: known[name] for name in names})
+
+
+def to_allow(texts: Iterable[str]) -> str:
+    """How to learn control strings that answers hold as tokens; nothing where there are none."""
+    found = list(dict.fromkeys(texts))
+    listed = errors.inert(", ".join(f"'{text}'" for text in found[:8]))
+    advice = f". To learn them in answers as tokens, set allow_control_tokens: [{listed}]"
+    return advice if found else ""

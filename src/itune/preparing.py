@@ -86,11 +86,13 @@ DECIDING = (
     "cases",
     "chats",
     "collecting",
+    "cutting",
     "encoding",
     "families",
     "files",
     "fitting",
     "formats",
+    "guarding",
     "preparing",
     "sandbox",
     "sources",
@@ -145,8 +147,8 @@ class Job:
 
     @functools.cached_property
     def _encoder(self) -> encoding.Encoder:
-        """The encoder, told of the choices that the template has."""
-        return self.encoder.answering(self.reading.choices)
+        """The encoder, told of the choices that the template has and of what answers may hold."""
+        return cases.bound(self.encoder, self.rows, self.reading)
 
     @property
     def budget(self) -> int | None:
@@ -169,6 +171,7 @@ class Job:
                 "tokenizer": tokenizer_digest(self.encoder.tokenizer),
                 "max_length": self.training.max_length,
                 "train_on": self.training.train_on,
+                "allow_control_tokens": sorted(self.rows.source.allow_control_tokens),
                 "seed": None if self.visits is None else self.training.seed,
                 "visits": self.visits,
                 "budget": self.budget,
@@ -274,6 +277,7 @@ class Job:
                 too_long |= fitted is None
             if fitted is not None and any(fitted.supervised[1:]):
                 out.keep(fitted, index, wording, fitted is not tokens)
+                self._note_held(out, example, fitted)
                 kept = True
         out.tally.kept += kept
         out.tally.too_long += too_long and not kept
@@ -283,6 +287,16 @@ class Job:
         if sign := cases.turned(text):
             out.tally.turned += 1
             out.tally.turned_at = out.tally.turned_at or f"{self.rows.place(index)}: {sign}"
+
+    def _note_held(
+        self, out: collecting.Out, example: formats.Example, tokens: encoding.Tokens
+    ) -> None:
+        """Count the control strings that answers hold as text, where they need not."""
+        if tokens.guarded:
+            answers = [m.content for m in example.messages if m.role == "assistant"]
+            for text in self._encoder.allowable:
+                if any(text in answer for answer in answers):
+                    out.tally.held[text] = out.tally.held.get(text, 0) + 1
 
     def _encoded(self, jobs: list[Any], train_on: str) -> list[encoding.Tokens]:
         try:

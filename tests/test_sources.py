@@ -353,6 +353,45 @@ def test_rows_that_were_read_do_not_stay_in_memory() -> None:
     assert list(found.data) == rows
 
 
+# --- contents in parts ---------------------------------------------------------------------------
+
+
+def parted(*parts: object) -> dict[str, object]:
+    return {
+        "messages": [
+            {"role": "user", "content": list(parts)},
+            {"role": "assistant", "content": [{"type": "text", "text": "a ball"}]},
+        ]
+    }
+
+
+def test_texts_in_parts_are_joined_as_a_chat_template_joins_them(
+    encoder: encoding.Encoder,
+) -> None:
+    row = parted({"type": "text", "text": "the cat"}, {"type": "text", "text": " and?"})
+    messages = formats.conversation(row).messages
+    assert [each.content for each in messages] == ["the cat and?", "a ball"]
+    path = written("parts.jsonl", [row])  # through Arrow, which fills in keys that a part lacks
+    made = data.corpus([source(path)], encoder, training())
+    assert made.example(0)[0].tolist() == encoder.conversation(messages).ids
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image", "url": "a.png"}, "parts.jsonl:1: turn 1, part 2: 'image', and text"),
+        ({"type": "audio", "audio": "a"}, "parts.jsonl:1: turn 1, part 2: 'audio', and text"),
+        ({"type": "text", "text": None}, "turn 1, part 2: expected a text"),
+    ],
+)
+def test_a_part_that_is_no_text_is_told(
+    encoder: encoding.Encoder, part: dict[str, object], said: str
+) -> None:
+    path = written("parts.jsonl", [parted({"type": "text", "text": "see"}, part)])
+    with pytest.raises(errors.DataError, match=said):
+        data.corpus([source(path)], encoder, training())
+
+
 # --- the cache ----------------------------------------------------------------------------
 
 SAY = "task: generation\nprompts: ['{{ prompt }}', 'Q: {{ prompt }}']\nresponse: '{{ completion }}'"

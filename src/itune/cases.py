@@ -153,13 +153,14 @@ def _cases(
     encoder = bound(encoder, rows, how)
     for index, row in enumerate(rows.data):
         for wording in range(how.wordings):
-            example = placed(rows, how, index, row, wording)
+            near = fitting.near_row(row, how, encoder, max_prompt)
+            example = placed(rows, how, index, near, wording)
             if not example.references:
                 raise errors.DataError(
                     f"{rows.place(index)}: the conversation does not end with the "
                     "assistant's answer, so there is nothing to score against."
                 )
-            jobs.append((index, wording, row, example))
+            jobs.append((index, wording, near, example))
     encoded = encoder.conversations([example.prompt for *_, example in jobs], prompt=True)
     cases, truncated = [], 0
     for (index, wording, row, example), tokens in zip(jobs, encoded, strict=True):

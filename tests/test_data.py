@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import tiny_tokenizer
 
-from itune import data, encoding, models, recipes
+from itune import (
+    cases,
+    data,
+    encoding,
+    errors,
+    formats,
+    models,
+    preparing,
+    recipes,
+    sources,
+    starting,
+)
 
 
 def corpus(rows: int, *, dropped: int | None = None, weight: float = 1.0) -> data.Corpus:
@@ -120,3 +133,164 @@ def test_control_strings_in_the_data_are_counted(tmp_path: Path, tiny_tokenizer_
     encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
     made = data.corpus([recipes.Source(path="rows.jsonl")], encoder, recipes.Training())
     assert made.counts.guarded == 2
+
+
+WORDS = "the cat, a red ball and 12 dogs; some bread. "
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["columns", "template", "chat"])
+def test_a_row_far_too_long_is_cut_as_if_it_were_tokenized_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, side: str
+) -> None:
+    rows: list[dict[str, Any]] = []
+    for k, times in enumerate((1, 40, 90, 150, 400)):
+        text = f"begin {k} " + WORDS * times + f"end {k}"
+        turns = ["a cat?", "a ball", text, "bread", "so?", "no"]
+        chat = [{"role": ("user", "assistant")[n % 2], "content": t} for n, t in enumerate(turns)]
+        short = {"instruction": "say", "input": text, "output": "a ball"}
+        rows.append({"messages": chat} if kind == "chat" else short)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.yaml").write_text(
+        "task: generation\nprompts: ['{{ instruction }}: {{ input }} what?']\n"
+        f"response: '{{{{ output }}}}'\ntruncation_side: {side}\n"
+    )
+    source = recipes.Source(
+        path=str(tmp_path / "rows.jsonl"),
+        template=str(tmp_path / "t.yaml") if kind == "template" else None,
+    )
+    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    made = []
+    for window in (16, 1_000_000):
+        monkeypatch.setattr("itune.fitting.WINDOW", window)
+        job = preparing.Job(
+            opened := sources.read(source),
+            cases.reading(opened),
+            encoder,
+            recipes.Training(max_length=50),
+            None,
+        )
+        made.append(job.examples(list(enumerate(rows))))
+    assert made[0] == made[1]
+    assert [each.truncated for each in made[0]] == [True] * 5
+    assert all(len(each.tokens.ids) <= 50 for each in made[0])
+
+
+def test_an_answer_far_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "a cat?", "completion": WORDS * n} for n in (1, 200)]
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": WORDS * 200}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "talk.jsonl").write_text(
+        json.dumps({"messages": talk})
+        + "\n"
+        + json.dumps({"messages": [talk[0], talk[0] | {"role": "assistant"}]})
+    )
+    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    given = [recipes.Source(path=str(tmp_path / f"{name}.jsonl")) for name in ("rows", "talk")]
+    made = data.corpus(given, encoder, recipes.Training(max_length=60))
+    assert (made.counts.read, made.counts.rows, made.counts.too_long) == (4, 2, 2)
+
+
+def test_a_row_of_many_megabytes_is_cut_in_little_memory(tmp_path: Path) -> None:
+    """Row 37 of the bad inputs: no more memory than its text takes a few times over."""
+    text = WORDS * 120_000  # 5 MB, a million tokens and more
+    rows = [{"instruction": "say", "input": text, "output": "a ball"}]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "t.yaml").write_text(
+        "task: generation\nprompts: ['{{ input | trim }} what?']\nresponse: '{{ output }}'\n"
+    )
+    opened = sources.read(recipes.Source(path=str(source), template=str(tmp_path / "t.yaml")))
+    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    job = preparing.Job(
+        opened, cases.reading(opened), encoder, recipes.Training(max_length=64), None
+    )
+    seen: list[int] = []
+    whole = encoder.texts.ids
+    encoder.texts.ids = lambda texts, **keys: (  # type: ignore[method-assign]
+        seen.append(sum(map(len, texts))) or whole(texts, **keys)
+    )
+    (made,) = job.examples([(0, rows[0])])
+    assert len(made.tokens.ids) <= 64
+    assert sum(seen) < 100 * 64
+
+
+def thoughts(path: Path) -> recipes.Source:
+    answers = ["<think> a </think> b", "plain", "<mask> <think> c", "</s> <mask>"]
+    rows = [{"prompt": f"say {k} <think>", "completion": each} for k, each in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return recipes.Source(path=str(path))
+
+
+def thinking() -> encoding.Encoder:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return encoding.Encoder(models.with_template(tokenizer))
+
+
+def test_control_strings_of_answers_are_told_with_the_way_to_learn_them(tmp_path: Path) -> None:
+    made = data.corpus([thoughts(tmp_path / "rows.jsonl")], thinking(), recipes.Training())
+    assert (made.counts.guarded, made.counts.allowed) == (4, 0)
+    assert made.reports[0].held == {"<mask>": 2, "<think>": 2, "</think>": 1}
+    said = "\n".join(starting.counted(made, 1))
+    assert "4 examples hold control strings of the model, which stay text. To learn" in said
+    assert "allow_control_tokens: ['<think>', '</think>', '<mask>']" in said
+
+
+def test_answers_hold_the_control_tokens_that_their_source_allows(tmp_path: Path) -> None:
+    given = thoughts(tmp_path / "rows.jsonl")
+    allowing = given.model_copy(update={"allow_control_tokens": ("<think>", "</think>")})
+    encoder = thinking()
+    made = data.corpus([allowing, given], encoder, recipes.Training())
+    names = [str(token) for token in encoder.tokenizer.convert_ids_to_tokens(np.asarray(made.ids))]
+    assert (names.count("<think>"), names.count("</think>"), names.count("<mask>")) == (2, 1, 0)
+    assert [(each.counts.allowed, each.held) for each in made.reports] == [
+        (2, {"<mask>": 2}),
+        (0, {"<mask>": 2, "<think>": 2, "</think>": 1}),
+    ]
+    assert "2 examples hold control tokens in their answers" in "\n".join(starting.counted(made, 1))
+    whole = made.example(0)
+    plain = encoder.conversation(
+        [formats.Message("user", "say 0 <think>"), formats.Message("assistant", "b")]
+    )
+    start = plain.supervised.index(True)
+    assert whole[0][:start].tolist() == plain.ids[:start]
+
+
+def test_an_evaluation_source_asks_as_it_trains(tmp_path: Path) -> None:
+    turns = ["why?", "<think> a </think> b", "and?", "c"]
+    row = [{"role": ("user", "assistant")[k % 2], "content": t} for k, t in enumerate(turns)]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": row}))
+    source = recipes.Source(
+        path=str(tmp_path / "rows.jsonl"), allow_control_tokens=("<think>", "</think>")
+    )
+    encoder = thinking()
+    (task,) = data.tasks([source], encoder, max_prompt=200)
+    ids, _ = data.corpus([source], encoder, recipes.Training()).example(0)
+    assert tuple(ids[: len(task.cases[0].ids)].tolist()) == task.cases[0].ids
+    (opened,) = encoder.tokenizer.convert_tokens_to_ids(["<think>"])
+    assert opened in task.cases[0].ids
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("<thimk>", "is no added token"), ("</s>", "is the tokenizer's eos_token")]
+)
+def test_a_control_token_that_cannot_be_allowed_is_told(
+    tmp_path: Path, name: str, said: str
+) -> None:
+    given = thoughts(tmp_path / "rows.jsonl")
+    with pytest.raises(
+        errors.DataError, match=f"rows.jsonl: allow_control_tokens: '{name}' {said}"
+    ):
+        data.corpus(
+            [given.model_copy(update={"allow_control_tokens": (name,)})],
+            thinking(),
+            recipes.Training(),
+        )
+
+
+def test_a_plain_text_has_no_answers_that_could_hold_control_tokens(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    source = recipes.Source(path=str(tmp_path / "rows.jsonl"), allow_control_tokens=("<think>",))
+    with pytest.raises(errors.DataError, match="allow_control_tokens: its rows are plain text"):
+        data.corpus([source], thinking(), recipes.Training())

@@ -33,6 +33,8 @@ ORDER = (
     "formats",
     "chats",
     "tokenizing",
+    "guarding",
+    "cutting",
     "encoding",
     "families",
     "runs",

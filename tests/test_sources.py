@@ -353,6 +353,45 @@ def test_rows_that_were_read_do_not_stay_in_memory() -> None:
     assert list(found.data) == rows
 
 
+# --- contents in parts ---------------------------------------------------------------------------
+
+
+def parted(*parts: object) -> dict[str, object]:
+    return {
+        "messages": [
+            {"role": "user", "content": list(parts)},
+            {"role": "assistant", "content": [{"type": "text", "text": "a ball"}]},
+        ]
+    }
+
+
+def test_texts_in_parts_are_joined_as_a_chat_template_joins_them(
+    encoder: encoding.Encoder,
+) -> None:
+    row = parted({"type": "text", "text": "the cat"}, {"type": "text", "text": " and?"})
+    messages = formats.conversation(row).messages
+    assert [each.content for each in messages] == ["the cat and?", "a ball"]
+    path = written("parts.jsonl", [row])  # through Arrow, which fills in keys that a part lacks
+    made = data.corpus([source(path)], encoder, training())
+    assert made.example(0)[0].tolist() == encoder.conversation(messages).ids
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image", "url": "a.png"}, "parts.jsonl:1: turn 1, part 2: 'image', and text"),
+        ({"type": "audio", "audio": "a"}, "parts.jsonl:1: turn 1, part 2: 'audio', and text"),
+        ({"type": "text", "text": None}, "turn 1, part 2: expected a text"),
+    ],
+)
+def test_a_part_that_is_no_text_is_told(
+    encoder: encoding.Encoder, part: dict[str, object], said: str
+) -> None:
+    path = written("parts.jsonl", [parted({"type": "text", "text": "see"}, part)])
+    with pytest.raises(errors.DataError, match=said):
+        data.corpus([source(path)], encoder, training())
+
+
 # --- the cache ----------------------------------------------------------------------------
 
 SAY = "task: generation\nprompts: ['{{ prompt }}', 'Q: {{ prompt }}']\nresponse: '{{ completion }}'"
@@ -380,6 +419,7 @@ def changed_tokenizer(**keys: Any) -> encoding.Encoder:
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "max_length": lambda: {"max_length": 63},
     "train_on": lambda: {"train_on": "last"},
+    "allow_control_tokens": lambda: {"allow_control_tokens": ("<mask>",)},
     "seed": lambda: {"seed": 18},
     "rename": lambda: {"rename": {"completion": "answer"}},
     "limit": lambda: {"limit": 5},
@@ -391,6 +431,9 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+OWN = ("rename", "limit", "split", "allow_control_tokens")
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_misses_the_cache(change: str) -> None:
     Path("say.yaml").write_text(SAY)
@@ -400,7 +443,7 @@ def test_a_change_misses_the_cache(change: str) -> None:
     assert name_of(changed_tokenizer(), given) == before
     keys = CHANGES[change]()
     encoder = changed_tokenizer(**keys.pop("encoder", {}))
-    own = {key: keys.pop(key) for key in ("rename", "limit", "split") if key in keys}
+    own = {key: keys.pop(key) for key in OWN if key in keys}
     keys = {key: keys[key] for key in keys if key not in ("template", "data")}
     assert name_of(encoder, given.model_copy(update=own), **keys) != before
 

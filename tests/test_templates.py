@@ -130,7 +130,7 @@ ROWS = {
     "{{ 'ab' * 10 ** 9 }}": "the operator ** is for numbers",
     "{{ text * 1000000000 }}": "the operator * is for numbers",
     "{{ '%999999999d' % 1 }}": "the operator % is for numbers",
-    "{% for i in range(90000) %}{{ text }}{% endfor %}": "the text is longer than 1000000",
+    "{% for i in range(90000) %}{{ text }}{% endfor %}": "the text is longer than 1000",
     "{% for i in range(900000) %}x{% endfor %}": "Range too big",
     "{{ text.ljust(999999999) }}": "access to attribute 'ljust' of 'str' object is unsafe",
     "{{ text.format }}": "is unsafe",

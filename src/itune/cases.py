@@ -41,7 +41,13 @@ class Task:
 def reading(rows: sources.Rows, command: str = "") -> formats.Reading:
     """How the rows of a source become Examples. Raises DataError."""
     source = rows.source
-    return formats.reading(source.template, source.format, _columns(rows), source.path, command)
+    found = formats.reading(source.template, source.format, _columns(rows), source.path, command)
+    if found.is_text and source.allow_control_tokens:
+        raise errors.DataError(
+            f"{source.path}: allow_control_tokens: its rows are plain text, which has no answers. "
+            "Delete it."
+        )
+    return found
 
 
 def _columns(rows: sources.Rows) -> list[str]:
@@ -51,6 +57,17 @@ def _columns(rows: sources.Rows) -> list[str]:
 def is_text(source: recipes.Source) -> bool:
     """Whether a source holds running text, which is measured by its perplexity."""
     return source.template is None and reading(sources.read(source)).is_text
+
+
+def bound(encoder: encoding.Encoder, rows: sources.Rows, how: formats.Reading) -> encoding.Encoder:
+    """The encoder, told of a source's choices and of the control tokens that its answers may hold.
+
+    Raises DataError for one that they may not.
+    """
+    try:
+        return encoder.answering(how.choices).allowing(rows.source.allow_control_tokens)
+    except errors.DataError as error:
+        raise errors.DataError(f"{rows.source.path}: {error}") from error
 
 
 def placed(
@@ -133,16 +150,17 @@ def _cases(
     rows: sources.Rows, how: formats.Reading, encoder: encoding.Encoder, max_prompt: int
 ) -> tuple[list[Case], int]:
     jobs = []
-    encoder = encoder.answering(how.choices)
+    encoder = bound(encoder, rows, how)
     for index, row in enumerate(rows.data):
         for wording in range(how.wordings):
-            example = placed(rows, how, index, row, wording)
+            near = fitting.near_row(row, how, encoder, max_prompt)
+            example = placed(rows, how, index, near, wording)
             if not example.references:
                 raise errors.DataError(
                     f"{rows.place(index)}: the conversation does not end with the "
                     "assistant's answer, so there is nothing to score against."
                 )
-            jobs.append((index, wording, row, example))
+            jobs.append((index, wording, near, example))
     encoded = encoder.conversations([example.prompt for *_, example in jobs], prompt=True)
     cases, truncated = [], 0
     for (index, wording, row, example), tokens in zip(jobs, encoded, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ class Encoded:
 
 @dataclass
 class Tally:
-    """What became of a source's rows."""
+    """What became of a source's rows; `held`: control strings that answers hold as text, and in
+    how many examples each."""
 
     read: int = 0
     kept: int = 0
@@ -37,12 +38,16 @@ class Tally:
     empty: int = 0
     highest: int = 0
     guarded: int = 0
+    allowed: int = 0
     turned: int = 0
     turned_at: str = ""
+    held: dict[str, int] = field(default_factory=dict)
 
     def add(self, later: Tally) -> None:
         """Count the rows of another tally, which come after these."""
         highest, turned_at = max(self.highest, later.highest), self.turned_at or later.turned_at
+        for text, number in later.held.items():
+            self.held[text] = self.held.get(text, 0) + number
         for name, value in asdict(later).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
@@ -100,6 +105,7 @@ class Batch(Out):
         self.supervised.extend(learnt)
         self.tally.tokens += len(ids)
         self.tally.guarded += tokens.guarded
+        self.tally.allowed += tokens.allowed > 0
         self.tally.highest = max(self.tally.highest, max(ids))
         values = (len(ids), sum(learnt) - bool(learnt[0]), row, wording, int(truncated))
         for column, value in zip(self.columns.values(), values, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,8 @@ class Counts:
 
     `read` = `rows` (kept) + `dropped` + `empty`. Of those dropped, `too_long` do not fit with
     their answer whole, the others have nothing to learn. `duplicated` rows say what an earlier
-    one says; they are kept. `guarded` examples hold control strings of the model, kept as text.
+    one says; they are kept. `guarded` examples hold control strings of the model, kept as text;
+    `allowed` ones hold control tokens in answers, as their source allows.
     """
 
     rows: int
@@ -38,13 +39,13 @@ class Counts:
     empty: int = 0
     duplicated: int = 0
     guarded: int = 0
+    allowed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one source: how its rows were read, and how many there are of what.
-
-    `rows`: a digest that changes when the rows do.
+    """What became of a source. `rows`: a digest that changes when the rows do. `held`: control
+    strings that answers hold as text though they could be allowed, and in how many examples each.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Report:
     counts: Counts
     rows: str = ""
     notes: tuple[str, ...] = ()
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Joined:
@@ -150,18 +152,19 @@ class Corpus:
         """What became of the rows."""
         rows = self._rows
         kept = int((rows[1:] != rows[:-1]).sum()) + 1 if len(self) else 0
-        empty = sum(report.counts.empty for report in self.reports)
+        sums = {
+            name: sum(getattr(report.counts, name) for report in self.reports)
+            for name in ("too_long", "empty", "guarded", "allowed")
+        }
         return Counts(
             rows=kept,
             tokens=int(self.starts[-1]),
             supervised=int(self.targets.sum()),
             truncated=int(self.truncated.sum()),
             dropped=self.dropped,
-            read=kept + self.dropped + empty,
-            too_long=sum(report.counts.too_long for report in self.reports),
-            empty=empty,
+            read=kept + self.dropped + sums["empty"],
             duplicated=self.duplicated,
-            guarded=sum(report.counts.guarded for report in self.reports),
+            **sums,
         )
 
     def an_epoch(self, seed: int) -> Counts:
@@ -299,14 +302,12 @@ def _report(part: preparing.Part) -> Report:
             supervised=int(part.column("targets").sum()),
             truncated=int(part.column("truncated").sum()),
             dropped=_dropped(part),
-            read=known["read"],
-            too_long=known["too_long"],
-            empty=known["empty"],
             duplicated=_repeats(keys) - max(0, known["empty"] - 1),
-            guarded=known["guarded"],
+            **{name: known[name] for name in ("read", "too_long", "empty", "guarded", "allowed")},
         ),
         rows=cache.fingerprint(part.rows.identity)[:32],
         notes=(*part.rows.notes, *_turned(known)),
+        held=known["held"],
     )
 
 

@@ -111,7 +111,22 @@ def check(recipe: recipes.Recipe, encoder: encoding.Encoder, say: Callable[[str]
     if encoder.family == families.MASKED:
         return
     stops = decoding.settings(recipe.generation, encoder).eos_token_id
+    _refuse_stops(recipe.data.train, encoder, stops)
     heed(examine(recipe.data.train, encoder, recipe.training, stops), say)
+
+
+def _refuse_stops(
+    sources: Sequence[recipes.Source], encoder: encoding.Encoder, stops: Collection[int]
+) -> None:
+    """Raise DataError where an answer may hold a token at which generation would stop."""
+    known = {str(token): id_ for id_, token in encoder.tokenizer.added_tokens_decoder.items()}
+    for source in sources:
+        for name in source.allow_control_tokens:
+            if known.get(name) in stops:
+                raise errors.DataError(
+                    f"{source.path}: allow_control_tokens: generation stops at {name!r}, so no "
+                    "answer would go on after it. Take it off the list."
+                )
 
 
 def examine(

@@ -2,56 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from itune import chats, errors, formats, tokenizing
+from itune import chats, cutting, errors, formats, guarding, tokenizing
 
 Messages = Sequence[formats.Message]
-
-# Two private-use characters around a number stand for a message's content, so that what the
-# chat template itself writes can be told from what the data wrote.
-_PLACE = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
     """Token ids of one example, and for each whether it is learnt (`supervised`).
 
-    `guarded`: its text holds control strings of the model, which were encoded as text.
+    `guarded`: its text holds control strings of the model, which were encoded as text. `allowed`:
+    how many control strings of its answers became tokens, as its source allows.
     """
 
     ids: list[int]
     supervised: list[bool]
     guarded: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A stretch of a rendered conversation that is tokenised by itself."""
-
-    text: str
-    answer: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Cuts:
-    """Where a conversation is cut: at these answers, and at its end for one more prompt."""
-
-    answers: tuple[int, ...]
-    final: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Tail:
-    """What the template writes after an answer, and how much of it up to its stop token; 0 where
-    it writes no control token there."""
-
-    text: str
-    kept: int
+    allowed: int = 0
 
 
 class Encoder:
@@ -76,8 +50,7 @@ class Encoder:
         self.chat = chats.Chat(tokenizer)
         self.texts = tokenizing.Tokenizing(tokenizer)
         self.control = self.texts.control
-        self._tails: dict[tuple[str, ...], _Tail] = {}
-        self._shapes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+        self.cutter = cutting.Cutter(self.chat, self.texts)
         self.stop_id: int = -1
         self._prepare()
 
@@ -90,94 +63,47 @@ class Encoder:
         """The encoder for prompts that have these choices; a decoder's is the same for all."""
         return self
 
-    # --- cutting ---------------------------------------------------------------------------
+    def allowing(self, names: Sequence[str]) -> Encoder:
+        """The encoder for conversations whose answers may hold these control tokens.
 
-    def _cut(self, messages: Messages, cuts: _Cuts) -> list[Piece]:
-        """A prompt and an answer for each cut; with `final`, one generation prompt at the end."""
-        pieces: list[Piece] = []
-        done = ""
-        for i in cuts.answers:
-            before = self.chat.render(messages[:i], prompt=True)
-            answer = self._answer(messages[: i + 1], before, alone=len(cuts.answers) == 1)
-            if not before.startswith(done):
-                raise _rewritten(i)
-            pieces += [Piece(before[len(done) :], answer=False), Piece(answer, answer=True)]
-            done = before + answer
-        if cuts.final:
-            before = self.chat.render(messages, prompt=True)
-            if not before.startswith(done):
-                raise _rewritten(len(messages))
-            pieces.append(Piece(before[len(done) :], answer=False))
-        return pieces
+        Raises DataError for one that is no added token of the tokenizer, or that ends a text, pads
+        it, or opens or closes a turn.
+        """
+        if not names:
+            return self
+        bound = copy.copy(self)
+        bound.cutter = copy.copy(self.cutter)
+        bound.cutter.allowed = guarding.allowed(names, self.tokenizer, self._taken())
+        return bound
 
-    def _answer(self, messages: Messages, before: str, *, alone: bool) -> str:
-        """The last message as the template writes it after its prompt, to its stop token."""
-        tail = self._tail(tuple(message.role for message in messages))
-        if not tail.kept and not alone:
-            raise errors.DataError(
-                "the model's chat template writes no control token after an answer, so its "
-                "earlier answers would be trained on otherwise than they are served. "
-                "Set training.train_on: last."
-            )
-        after = self.chat.render(messages, prompt=False)
-        if after.startswith(before) and after.endswith(tail.text):
-            end = len(after) - len(tail.text) + tail.kept
-            if end >= len(before):
-                return after[len(before) : end]
-        if not alone:
-            raise _rewritten(len(messages) - 1)
-        # A template may open the answer in a prompt otherwise than in a conversation, with a
-        # thought for example. The prompt is what is served, so the answer follows that.
-        return messages[-1].content + tail.text[: tail.kept]
+    @functools.cached_property
+    def allowable(self) -> tuple[str, ...]:
+        """The control strings that answers could hold as tokens and do not."""
+        taken = self._taken()
+        known = self.tokenizer.added_tokens_decoder
+        return tuple(
+            str(known[id_])
+            for id_ in sorted(self.control)
+            if id_ not in taken and id_ not in self.cutter.allowed.known and str(known[id_])
+        )
 
-    def _tail(self, roles: tuple[str, ...]) -> _Tail:
-        if roles not in self._tails:
-            placed = _placed([formats.Message(role, "x") for role in roles])
-            text = _PLACE.split(self.chat.render(placed, prompt=False))[-1]
-            encoding = self.texts.backend(bare=False, inner=True).encode(
-                text, add_special_tokens=False
-            )
-            ends = [
-                end
-                for id_, (_, end) in zip(encoding.ids, encoding.offsets, strict=True)
-                if id_ in self.control
-            ]
-            self._tails[roles] = _Tail(text, ends[0] if ends else 0)
-        return self._tails[roles]
-
-    def _controls(self, messages: Messages, cuts: _Cuts) -> list[tuple[int, ...]]:
-        """The control tokens that the template writes in each piece, whatever the texts are."""
-        shape = (tuple((m.role, bool(m.content.strip())) for m in messages), cuts)
-        if shape not in self._shapes:
-            pieces = self._cut(_placed(messages), cuts)
-            self._check_whole(messages, pieces, cuts)
-            self._shapes[shape] = [
-                tuple(
-                    itertools.chain.from_iterable(
-                        self.texts.controls_in(ids)
-                        for ids in self.texts.ids(_PLACE.split(piece.text)[::2], inner=True)
-                    )
-                )
-                for piece in pieces
-            ]
-        return self._shapes[shape]
-
-    def _check_whole(self, messages: Messages, pieces: Sequence[Piece], cuts: _Cuts) -> None:
-        """Raise DataError where the template leaves a message out without a word."""
-        written = set(_PLACE.findall("".join(piece.text for piece in pieces)))
-        end = len(messages) if cuts.final else max(cuts.answers) + 1
-        for i, message in enumerate(messages[:end]):
-            # Earlier answers and thoughts are left out by design: what was asked never is.
-            if message.role != "assistant" and message.content.strip() and str(i) not in written:
-                cure = "Put its text into the user's turn" if message.role == "system" else ""
-                raise errors.DataError(
-                    f"turn {i + 1}: the model's chat template leaves out what the "
-                    f"{message.role} says. {cure or 'Take the row out, or take another model'}."
-                )
+    def _taken(self) -> dict[int, str]:
+        """The ids that no answer may hold, and what each of them does."""
+        marks = [
+            *self.texts.ids([self.chat.render([formats.Message("user", "a")], prompt=False)])[0],
+            self.stop_id,
+        ]
+        tokenizer = self.tokenizer
+        return {
+            **dict.fromkeys(self.texts.controls_in(marks), "opens or closes a turn"),
+            tokenizer.pad_token_id: "is the tokenizer's pad_token",
+            tokenizer.bos_token_id: "is the tokenizer's bos_token",
+            tokenizer.eos_token_id: "is the tokenizer's eos_token",
+        }
 
     # --- tokenising ------------------------------------------------------------------------
 
-    def _tokenize_pieces(self, rows: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
+    def _tokenize_pieces(self, rows: Sequence[Sequence[cutting.Piece]]) -> list[list[list[int]]]:
         """Ids of each piece, as they are in the midst of the whole text."""
         flat = iter(self.texts.ids([piece.text for pieces in rows for piece in pieces]))
         alone = [[next(flat) for _ in pieces] for pieces in rows]
@@ -199,70 +125,126 @@ class Encoder:
     # --- control strings in the text -------------------------------------------------------
 
     def _guarded(
-        self, messages: Messages, cuts: _Cuts, number: int, before: list[int]
+        self, messages: Messages, cuts: cutting.Cuts, number: int, before: list[int]
     ) -> list[int]:
         """Ids of a piece whose text holds control strings: what the template wrote and what the
         data wrote are tokenised apart. `before`: the ids of the piece before it."""
-        piece = self._cut(messages, cuts)[number]
-        placed = self._cut(_placed(messages), cuts)[number]
         ids: list[int] = []
-        for written, text in _aligned(placed.text, piece.text, messages):
-            if text:
-                inner = not self.texts.opens(ids or before)
-                if written:
-                    ids += self.texts.ids([text], inner=inner)[0]
-                else:
-                    ids += self.texts.bare(text, inner=inner)
-        if self.texts.controls_in(ids) != self._controls(messages, cuts)[number]:
+        for owner, text in self._parts(messages, cuts, number):
+            inner = not self.texts.opens(ids or before)
+            if owner is not None and owner.role == "assistant":
+                ids += self._spoken(text, ids or before)
+            elif owner is not None:
+                ids += self.texts.bare(text, inner=inner)
+            elif text:
+                ids += self.texts.ids([text], inner=inner)[0]
+        if self._own(ids) != self._own(self.cutter.controls(messages, cuts)[number]):
             raise errors.DataError(
                 "the text turns into control tokens of the model. Take the row out."
             )
         return ids
 
+    def _spoken(self, answer: str, before: Sequence[int]) -> list[int]:
+        """Ids of an answer, or a part of one: text, and the control tokens that it may hold."""
+        allowed, ids = self.cutter.allowed, list[int]()
+        for part in allowed.split(answer):
+            if part in allowed.ids:
+                ids.append(allowed.ids[part])
+            else:
+                ids += self.texts.bare(part, inner=not self.texts.opens(ids or before))
+        return ids
+
+    def _own(self, ids: Sequence[int]) -> list[int]:
+        """The control tokens among ids that no answer may hold."""
+        return self.cutter.allowed.others(self.texts.controls_in(ids))
+
+    def _parts(self, messages: Messages, cuts: cutting.Cuts, number: int) -> list[guarding.Part]:
+        """What the template wrote of a piece and what the data did.
+
+        A template that takes texts apart at control strings is shown none where it must be.
+        """
+        marked = self.cutter.cut(guarding.placed(messages), cuts)[number].text
+        try:
+            pieces = self.cutter.cut(messages, cuts)
+            if not self._lost(messages, cuts, pieces, number):
+                return guarding.aligned(marked, pieces[number].text, messages)
+        except errors.DataError:
+            pass
+        veil = guarding.Veil(messages, self.texts.strings)
+        text = self.cutter.cut(veil.messages, cuts)[number].text
+        return veil.lifted(guarding.aligned(marked, text, veil.messages))
+
+    def _lost(
+        self,
+        messages: Messages,
+        cuts: cutting.Cuts,
+        pieces: Sequence[cutting.Piece],
+        number: int,
+    ) -> bool:
+        """Whether the template took an answer apart at control strings and left some of it out."""
+        answer = cuts.answer(number)
+        if answer is None:
+            return False
+        said, text = messages[answer].content, pieces[number].text
+        return (
+            guarding.lost(said, text)
+            and any(each in said for each in self.texts.strings)
+            and guarding.lost(said, self.cutter.allowed.opened(pieces[number - 1].text) + text)
+        )
+
+    def _forged(self, piece: cutting.Piece, ids: list[int], controls: tuple[int, ...]) -> bool:
+        """Whether a piece has control tokens that neither the template wrote nor its source may."""
+        if piece.answer and self.cutter.allowed:
+            ids = self.cutter.allowed.others(ids)
+            controls = tuple(self.cutter.allowed.others(controls))
+        return self.texts.forged(piece.text, ids, controls)
+
     def _history(self, messages: Messages) -> tuple[list[int], bool]:
         """Ids of the generation prompt of messages that hold control strings: cut as in training,
         where the template allows that."""
         answers = tuple(i for i, m in enumerate(messages) if m.role == "assistant" and i)
-        cuts = _Cuts(answers, final=True)
-        try:
-            pieces = self._cut(messages, cuts)
-        except errors.DataError:
-            cuts = _Cuts((), final=True)
-            pieces = self._cut(messages, cuts)
-        parts = self._checked(
-            messages, cuts, pieces, self._tokenize_pieces([pieces])[0], whole=False
-        )
-        return list(itertools.chain.from_iterable(parts[0])), parts[1]
+        for cuts in (cutting.Cuts(answers, final=True), cutting.Cuts((), final=True)):
+            try:
+                pieces = self.cutter.cut(messages, cuts)
+                ids = self._tokenize_pieces([pieces])[0]
+                parts, mended = self._checked(messages, cuts, pieces, ids, whole=False)
+                return list(itertools.chain.from_iterable(parts)), mended
+            except errors.DataError:
+                if not cuts.answers:
+                    raise
+        raise AssertionError("the second way returns or raises")
 
     def _checked(
         self,
         messages: Messages,
-        cuts: _Cuts,
-        pieces: Sequence[Piece],
+        cuts: cutting.Cuts,
+        pieces: Sequence[cutting.Piece],
         ids: list[list[int]],
         *,
         whole: bool = True,
     ) -> tuple[list[list[int]], bool]:
         """The ids of the pieces, where no text is control, and whether some had to be mended."""
-        mended = False
+        mended, allowed = False, self.cutter.allowed
         out: list[list[int]] = []
-        for k, controls in enumerate(self._controls(messages, cuts)):
+        for k, controls in enumerate(self.cutter.controls(messages, cuts)):
             one = ids[k]
-            if self.texts.forged(pieces[k].text, one, controls):
+            forged = self._forged(pieces[k], one, controls)
+            forged = forged or self._lost(messages, cuts, pieces, k)
+            if forged or (pieces[k].answer and allowed.missed(pieces[k].text, one)):
                 if k == 0 and whole:
                     asked = messages if cuts.final else messages[: cuts.answers[0]]
                     one, _ = self._history(asked)
                 else:
                     one = self._guarded(messages, cuts, k, out[-1] if out else [])
-                mended = mended or one != ids[k]
+                mended = mended or (forged and one != ids[k])
             out.append(one)
         return out, mended
 
     # --- conversations ---------------------------------------------------------------------
 
-    def _cuts(self, messages: Messages, train_on: str, *, prompt: bool) -> _Cuts:
+    def _cuts(self, messages: Messages, train_on: str, *, prompt: bool) -> cutting.Cuts:
         if prompt:
-            return _Cuts((), final=True)
+            return cutting.Cuts((), final=True)
         # What the assistant says before anybody else answers no prompt.
         answers = tuple(i for i, m in enumerate(messages) if m.role == "assistant" and i)
         if not answers:
@@ -270,7 +252,7 @@ class Encoder:
                 "no assistant's turn that follows another: there is nothing to learn. "
                 "Take the row out, or check the roles."
             )
-        return _Cuts(answers[-1:] if train_on == "last" else answers, final=False)
+        return cutting.Cuts(answers[-1:] if train_on == "last" else answers, final=False)
 
     def conversations(
         self, batch: Sequence[Messages], *, train_on: str = "assistant", prompt: bool = False
@@ -282,9 +264,9 @@ class Encoder:
         the chat template cannot render faithfully.
         """
         cuts = [self._cuts(messages, train_on, prompt=prompt) for messages in batch]
-        cut = [self._cut(*each) for each in zip(batch, cuts, strict=True)]
+        cut = [self.cutter.cut(*each) for each in zip(batch, cuts, strict=True)]
         return [
-            self._joined(messages, pieces, *self._checked(messages, where, pieces, ids))
+            self._joined(messages, where, pieces, *self._checked(messages, where, pieces, ids))
             for messages, where, pieces, ids in zip(
                 batch, cuts, cut, self._tokenize_pieces(cut), strict=True
             )
@@ -299,18 +281,27 @@ class Encoder:
         return self.conversations([messages], prompt=True)[0].ids
 
     def _joined(
-        self, messages: Messages, pieces: Sequence[Piece], ids: list[list[int]], guarded: bool
+        self,
+        messages: Messages,
+        cuts: cutting.Cuts,
+        pieces: Sequence[cutting.Piece],
+        ids: list[list[int]],
+        guarded: bool,
     ) -> Tokens:
         out: list[int] = []
         supervised: list[bool] = []
-        for piece, piece_ids in zip(pieces, ids, strict=True):
+        allowed = 0
+        for k, (piece, piece_ids) in enumerate(zip(pieces, ids, strict=True)):
             out += piece_ids
             supervised += [piece.answer] * len(piece_ids)
+            answer = cuts.answer(k)
+            if self.cutter.allowed and answer is not None:
+                allowed += self.cutter.allowed.learnt(messages[answer].content, piece_ids)
         if pieces[-1].answer:
-            end = max(i for i, m in enumerate(messages) if m.role == "assistant")
-            if not self._tail(tuple(m.role for m in messages[: end + 1])).kept:
+            end = cuts.answers[-1]
+            if not self.cutter.tail(tuple(m.role for m in messages[: end + 1])).kept:
                 out, supervised = [*out, self.eos_id], [*supervised, True]
-        return Tokens(out, supervised, guarded)
+        return Tokens(out, supervised, guarded, allowed)
 
     # --- plain text ------------------------------------------------------------------------
 
@@ -352,59 +343,3 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without control tokens and without space around it."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-# --- what the template wrote, and what the data ---------------------------------------------------
-
-
-def _placed(messages: Messages) -> list[formats.Message]:
-    return [
-        replace(m, content=f"\ue000{i}\ue001") if m.content.strip() else m
-        for i, m in enumerate(messages)
-    ]
-
-
-def _rewritten(turn: int) -> errors.DataError:
-    return errors.DataError(
-        f"turn {turn + 1}: the model's chat template rewrites earlier turns, so their answers "
-        "cannot be trained on as they will be served. Set training.train_on: last."
-    )
-
-
-# What a template may do to a text before it writes it.
-_CHANGES: tuple[Callable[[str], str], ...] = (
-    lambda text: text,
-    lambda text: text.strip(),
-    lambda text: text.lstrip(),
-    lambda text: text.rstrip(),
-)
-
-
-def _aligned(placed: str, text: str, messages: Messages) -> list[tuple[bool, str]]:
-    """The text of a piece in parts, each with whether the template wrote it.
-
-    Raises DataError where that cannot be told for certain: a text that repeats what the template
-    writes around it, in a template that also changes texts.
-    """
-    parts = _PLACE.split(placed)
-    for mine, others in itertools.product(_CHANGES, _CHANGES):
-        filled = [
-            part
-            if k % 2 == 0
-            else (mine if messages[int(part)].role == "assistant" else others)(
-                messages[int(part)].content
-            )
-            for k, part in enumerate(parts)
-        ]
-        if "".join(filled) == text:
-            return [(k % 2 == 0, part) for k, part in enumerate(filled)]
-    first, last = (
-        re.fullmatch(gap.join(f"({re.escape(part)})" for part in parts[::2]), text, re.DOTALL)
-        for gap in ("(.*?)", "(.*)")
-    )
-    if first is None or last is None or first.groups() != last.groups():
-        raise errors.DataError(
-            "the text holds control strings of the model and its chat template rewrites "
-            "texts, so they cannot be kept apart. Take the row out."
-        )
-    return [(k % 2 == 0, part) for k, part in enumerate(first.groups())]

@@ -85,8 +85,20 @@ class Pairs(_Apart):
                 [False] * len(before.ids)
                 + [True] * (len(self.prefix) + len(ids) + len(self.closing)),
                 before.guarded or guarded,
+                self.cutter.allowed.learnt(answer, ids),
             )
-            for before, (ids, guarded) in zip(out, self.texts.texts(answers), strict=True)
+            for answer, before, (ids, guarded) in zip(
+                answers, out, self._texts(answers), strict=True
+            )
+        ]
+
+    def _texts(self, answers: Sequence[str]) -> list[tuple[list[int], bool]]:
+        """Ids of each answer and whether it held a control string that it may not."""
+        if not self.cutter.allowed:
+            return self.texts.texts(answers)
+        return [
+            (self._spoken(answer, []), bool(self._own(ids)))
+            for answer, ids in zip(answers, self.texts.ids(answers), strict=True)
         ]
 
     def pieces(self, text: str, longest: int) -> list[encoding.Tokens]:
@@ -135,6 +147,15 @@ class Cloze(_Apart):
         bound.choices = tuple(choices)
         bound.width = max(map(len, bound.filled(bound.choices)), default=0)
         return bound
+
+    def allowing(self, names: Sequence[str]) -> encoding.Encoder:
+        """Raises DataError where there are names: an answer is one of the choices."""
+        if names:
+            raise errors.DataError(
+                "allow_control_tokens: a masked language model fills in one of the template's "
+                "choices, which hold none. Delete it."
+            )
+        return self
 
     def filled(self, answers: Sequence[str]) -> list[list[int]]:
         """The ids of answers as they stand after a prompt, in the midst of a text."""

@@ -3,12 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from itune import encoding, formats
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
+WINDOW = 16  # chosen: characters a token that are looked at first; a token of prose has about four
+
+
+# --- what is far too long is not tokenized whole --------------------------------------------------
+
+
+def _near(encoder: encoding.Encoder, text: str, limit: int, *, left: bool = False) -> str:
+    """The part of a text that may come to stand within `limit` tokens, with as many to spare."""
+    size = WINDOW * limit
+    while size < len(text):
+        part = text[-size:] if left else text[:size]
+        if len(encoder.texts.ids([part])[0]) >= 2 * limit:
+            return part
+        size *= 4
+    return text
+
+
+def near_row(row: Row, reading: formats.Reading, encoder: encoding.Encoder, limit: int) -> Row:
+    """The row without what is far beyond `limit` tokens of a prompt's column; itself otherwise."""
+    long = {
+        name: _near(encoder, text, limit, left=reading.cuts_left)
+        for name in reading.prompt_columns()
+        if isinstance(text := row.get(name), str) and len(text) > WINDOW * limit
+    }
+    changed = {name: text for name, text in long.items() if len(text) < len(row[name])}
+    return {**row, **changed} if changed else row
+
+
+def near_chat(
+    whole: formats.Example, encoder: encoding.Encoder, limit: int
+) -> formats.Example | None:
+    """The Example without the turns that are far beyond `limit` tokens; None where none is left.
+
+    Earlier answers are not counted: a chat template may leave some of them out.
+    """
+    room = WINDOW * limit
+    if sum(len(message.content) for message in whole.messages) <= room:
+        return whole
+    kept, asked = 0, 0
+    for end, message in enumerate(whole.messages, 1):
+        part = message.content[:room]
+        here = len(encoder.texts.ids([part])[0]) if part else 0
+        if asked + here >= 2 * limit:
+            break
+        if message.role == "assistant":
+            kept = end
+        else:
+            asked += here
+    if kept == len(whole.messages):
+        return whole
+    return replace(whole, messages=whole.messages[:kept]) if kept > 1 else None
+
+
+def hopeless(answer: str, encoder: encoding.Encoder, limit: int) -> bool:
+    """Whether an answer alone is far longer than `limit` tokens."""
+    return len(answer) > WINDOW * limit and _near(encoder, answer, limit) != answer
+
+
+# --- cutting -----------------------------------------------------------------------------------
 
 
 def example(

@@ -94,9 +94,25 @@ def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
         raise errors.DataError(
             f"turn {number}: unknown role {role!r}.{errors.nearest(str(role), ROLES)}"
         )
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_part(each, number, k) for k, each in enumerate(content, 1))
     if not isinstance(content, str):
         raise errors.DataError(f"turn {number}: expected a text, found {_shown(content)}.")
     return Message(ROLES[role], content)
+
+
+def _part(part: Any, number: int, k: int) -> str:
+    """The text of one part of a content, as chat templates read parts: one after the other."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind in ("text", None) and isinstance(text, str):
+        return text
+    if isinstance(kind, str) and kind != "text":
+        raise errors.DataError(
+            f"turn {number}, part {k}: {errors.inert(kind)!r}, and text alone is read. Take the "
+            "row out, or write what it shows as text."
+        )
+    raise errors.DataError(f"turn {number}, part {k}: expected a text, found {_shown(part)}.")
 
 
 def templated(template: templates.Template, row: Mapping[str, Any], wording: int) -> Example:

@@ -86,11 +86,13 @@ DECIDING = (
     "cases",
     "chats",
     "collecting",
+    "cutting",
     "encoding",
     "families",
     "files",
     "fitting",
     "formats",
+    "guarding",
     "preparing",
     "sandbox",
     "sources",
@@ -133,6 +135,21 @@ def release(data: Any) -> None:
                     advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A row in one wording, to be encoded; `cut`: without its last turns, which cannot fit.
+
+    `hopeless`: its answer cannot fit, so it is not encoded at all.
+    """
+
+    index: int
+    row: Mapping[str, Any]
+    wording: int
+    example: formats.Example
+    cut: bool = False
+    hopeless: bool = False
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be prepared, and all that it follows from."""
@@ -145,8 +162,8 @@ class Job:
 
     @functools.cached_property
     def _encoder(self) -> encoding.Encoder:
-        """The encoder, told of the choices that the template has."""
-        return self.encoder.answering(self.reading.choices)
+        """The encoder, told of the choices that the template has and of what answers may hold."""
+        return cases.bound(self.encoder, self.rows, self.reading)
 
     @property
     def budget(self) -> int | None:
@@ -169,6 +186,7 @@ class Job:
                 "tokenizer": tokenizer_digest(self.encoder.tokenizer),
                 "max_length": self.training.max_length,
                 "train_on": self.training.train_on,
+                "allow_control_tokens": sorted(self.rows.source.allow_control_tokens),
                 "seed": None if self.visits is None else self.training.seed,
                 "visits": self.visits,
                 "budget": self.budget,
@@ -246,34 +264,50 @@ class Job:
 
     def _conversations(self, out: collecting.Out, batch: Sequence[Numbered]) -> None:
         jobs = [
-            (index, row, wording, cases.placed(self.rows, self.reading, index, row, wording))
+            self._asked(index, row, wording)
             for index, row in batch
             for wording in self._needed(index)
         ]
         train_on = self.reading.train_on(self.training.train_on)
-        encoded = self._encoded(jobs, train_on)
-        for _, wordings in itertools.groupby(
-            zip(jobs, encoded, strict=True), key=lambda pair: pair[0][0]
-        ):
+        encoded = iter(self._encoded([job for job in jobs if not job.hopeless], train_on))
+        pairs = ((job, None if job.hopeless else next(encoded)) for job in jobs)
+        for _, wordings in itertools.groupby(pairs, key=lambda pair: pair[0].index):
             self._keep_row(out, list(wordings), train_on)
 
-    def _keep_row(self, out: collecting.Out, wordings: list[Any], train_on: str) -> None:
+    def _asked(self, index: int, row: Mapping[str, Any], wording: int) -> _Asked:
+        """A row in a wording, without what is so far beyond what fits that it is cut anyhow."""
+        limit, encoder, reading = self.training.max_length, self._encoder, self.reading
+        near = fitting.near_row(row, reading, encoder, limit)
+        example = cases.placed(self.rows, reading, index, near, wording)
+        chat = reading.is_chat and not reading.prompt_columns()
+        shorter = fitting.near_chat(example, encoder, limit) if chat else example
+        if shorter is None or fitting.hopeless(shorter.messages[-1].content, encoder, limit):
+            return _Asked(index, near, wording, example, hopeless=True)
+        return _Asked(index, near, wording, shorter, cut=shorter is not example)
+
+    def _keep_row(
+        self,
+        out: collecting.Out,
+        wordings: list[tuple[_Asked, encoding.Tokens | None]],
+        train_on: str,
+    ) -> None:
         """One row in each of its wordings, cut where it is too long, left out where it must be."""
         limit, kept, too_long = self.training.max_length, False, False
-        first = wordings[0][0][3]
+        first = wordings[0][0].example
         text = "\x00".join(f"{m.role}\x00{m.content}" for m in first.messages)
         out.row(text)
-        self._note(out, wordings[0][0][0], text)
-        for (index, row, wording, example), tokens in wordings:
-            out.full.append(len(tokens.ids))
-            fitted: encoding.Tokens | None = tokens
-            if len(tokens.ids) > limit:
+        self._note(out, wordings[0][0].index, text)
+        for job, tokens in wordings:
+            out.full.append(2 * limit if tokens is None else len(tokens.ids))
+            fitted = tokens
+            if tokens is not None and len(tokens.ids) > limit:
                 fitted = fitting.example(
-                    example, self.reading, row, wording, self._encoder, limit, train_on
+                    job.example, self.reading, job.row, job.wording, self._encoder, limit, train_on
                 )
-                too_long |= fitted is None
+            too_long |= fitted is None
             if fitted is not None and any(fitted.supervised[1:]):
-                out.keep(fitted, index, wording, fitted is not tokens)
+                out.keep(fitted, job.index, job.wording, job.cut or fitted is not tokens)
+                self._note_held(out, job.example, fitted)
                 kept = True
         out.tally.kept += kept
         out.tally.too_long += too_long and not kept
@@ -284,15 +318,27 @@ class Job:
             out.tally.turned += 1
             out.tally.turned_at = out.tally.turned_at or f"{self.rows.place(index)}: {sign}"
 
-    def _encoded(self, jobs: list[Any], train_on: str) -> list[encoding.Tokens]:
+    def _note_held(
+        self, out: collecting.Out, example: formats.Example, tokens: encoding.Tokens
+    ) -> None:
+        """Count the control strings that answers hold as text, where they need not."""
+        if tokens.guarded:
+            answers = [m.content for m in example.messages if m.role == "assistant"]
+            for text in self._encoder.allowable:
+                if any(text in answer for answer in answers):
+                    out.tally.held[text] = out.tally.held.get(text, 0) + 1
+
+    def _encoded(self, jobs: list[_Asked], train_on: str) -> list[encoding.Tokens]:
         try:
-            return self._encoder.conversations([job[3].messages for job in jobs], train_on=train_on)
+            return self._encoder.conversations(
+                [job.example.messages for job in jobs], train_on=train_on
+            )
         except errors.DataError:
-            for index, _, _, example in jobs:  # which one is it?
+            for job in jobs:  # which one is it?
                 try:
-                    self._encoder.conversation(example.messages, train_on=train_on)
+                    self._encoder.conversation(job.example.messages, train_on=train_on)
                 except errors.DataError as error:
-                    raise errors.DataError(f"{self.rows.place(index)}: {error}") from error
+                    raise errors.DataError(f"{self.rows.place(job.index)}: {error}") from error
             raise
 
     def _needed(self, row: int) -> list[int]:

@@ -36,6 +36,8 @@ class Tally:
     supervised: int = 0
     truncated: int = 0
     dropped: int = 0
+    guarded: int = 0
+    allowed: int = 0
     lengths: list[int] = field(default_factory=list)
 
     def add(self, made: Sequence[data.Encoded]) -> None:
@@ -46,6 +48,8 @@ class Tally:
             self.lengths.append(len(each.tokens.ids))
             self.supervised += sum(each.tokens.supervised[1:])  # nothing predicts the first token
             self.truncated += each.truncated
+            self.guarded += each.tokens.guarded
+            self.allowed += each.tokens.allowed > 0
 
     @property
     def tokens(self) -> int:
@@ -156,6 +160,8 @@ def show(
         screen.example(title, stretches(encoder, example.tokens, single=verbose))
     table = tally(sources)
     _show_table(table, screen)
+    for line in _controls(table.whole):
+        screen.say(line)
     for line in _refused(table, recipe.data.max_dropped):
         screen.say(line)
     return {
@@ -252,12 +258,25 @@ def _counted(part: Tally, edges: np.ndarray) -> dict[str, Any]:
         "supervised": part.supervised,
         "truncated": part.truncated,
         "dropped": part.dropped,
+        "guarded": part.guarded,
+        "allowed": part.allowed,
         "lengths": {"min": least, "median": median, "p90": p90, "p99": p99, "max": greatest},
         "histogram": {
             "edges": [round(float(edge), 1) for edge in edges],
             "counts": np.histogram(part.lengths, edges)[0].tolist(),
         },
     }
+
+
+def _controls(whole: Tally) -> Iterator[str]:
+    """What became of the control strings in texts."""
+    if whole.guarded:
+        yield (
+            f"{whole.guarded:,} of these examples hold control strings of the model, which stay "
+            "text; those of answers may be learnt as tokens, see allow_control_tokens."
+        )
+    if whole.allowed:
+        yield f"{whole.allowed:,} of these examples hold control tokens in answers, as allowed."
 
 
 def _refused(table: Table, most: float) -> Iterator[str]:

@@ -127,6 +127,8 @@ class Source(Record):
     """Take this many rows only, spread evenly over the source; of a stream the first."""
     num_proc: Annotated[Whole, Field(ge=1)] | None = None
     """Processes that render and tokenize (Linux); every core for large data when left out."""
+    allow_control_tokens: tuple[Text, ...] = ()
+    """Control tokens that answers may hold, as `[<think>, </think>]`; all else in texts is text."""
     rename: dict[str, Text] = Field(default_factory=dict)
     """New names for columns, `old: new`, before the template sees them."""
     field: Text | None = None

@@ -18,6 +18,8 @@ from itune import (
     errors,
     families,
     fingerprints,
+
+    guarding,
     launching,
     models,
     objectives,
@@ -161,12 +163,14 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
         f"training data: {counts.rows:,} of {counts.read:,} rows; an epoch has "
         f"{counts.tokens:,} tokens, {counts.supervised:,} of them learnt"
     )
+    held = guarding.to_allow(text for report in corpus.reports for text in report.held)
     cures = (
         (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
         (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
         (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
         (counts.empty, "rows empty and left out. Take them out of the data"),
-        (counts.guarded, "examples hold control strings of the model, which stay text"),
+        (counts.guarded, f"examples hold control strings of the model, which stay text{held}"),
+        (counts.allowed, "examples hold control tokens in their answers, as allowed"),
         (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
     )
     yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)

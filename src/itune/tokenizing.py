@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Tokenizing:
     """A tokenizer asked for the ids of parts of a text.
 
-    `control`: ids of the added tokens, which no text from data may become.
+    `control`: ids of the added tokens, which no text from data may become; `strings`: their texts.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -23,6 +23,8 @@ class Tokenizing:
         ends = {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
         unknown = {tokenizer.unk_token_id} - ends
         self.control = frozenset(set(tokenizer.added_tokens_decoder) - unknown)
+        added = tokenizer.added_tokens_decoder
+        self.strings = [str(added[id_]) for id_ in sorted(self.control) if str(added[id_])]
         self._unknown: str | None = str(tokenizer.unk_token) if unknown - {None} else None
         self.prefix = _prefix_of(tokenizer.backend_tokenizer)
         self._made: dict[tuple[bool, bool], Tokenizer] = {}

@@ -91,6 +91,8 @@ ORDER = (
     "rehearsing",
     "firsts",
     "previewing",
+    "explaining",
+    "shades",
     "speaking",
     "chatting",
     "commands",

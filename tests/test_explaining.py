@@ -11,10 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from conftest import tiny_model, tiny_tokenizer
 from test_reports import HOSTILE, Page
 
-from itune import encoding, explaining, families, models, shades
+from itune import console, encoding, explaining, families, models, shades
 
 Cli = Callable[..., Any]
 PROMPT, ANSWER = "the cat sees the red ball. What?", "some bread"
@@ -22,14 +23,31 @@ PROMPT, ANSWER = "the cat sees the red ball. What?", "some bread"
 
 def made(kind: str) -> tuple[Any, encoding.Encoder]:
     """A tiny model in float64, of outputs so spread that its tokens are unlike."""
-    family = "seq2seq" if kind == "seq2seq" else "causal"
-    model: Any = tiny_model(family).double()
+    size = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    torch.manual_seed(17)
+    if kind in ("llama", "t5"):
+        model: Any = tiny_model({"llama": "causal", "t5": "seq2seq"}[kind])
+    elif kind == "bart":
+        model = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                scale_embedding=True, decoder_start_token_id=1, **size,
+            )
+        )  # fmt: skip
+    else:
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=128, **size)
+        )
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
     if kind == "lora":
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=2, init_lora_weights=False, fan_in_fan_out=True)
+        )
     if kind == "prompt_tuning":
         settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        model = peft.get_peft_model(model, settings).double()
+        model = peft.get_peft_model(model, settings)
+    family = "seq2seq" if model.config.is_encoder_decoder else "causal"
     encoder = families.encoder(family, models.with_template(tiny_tokenizer()))
     return model.double().eval(), encoder
 
@@ -57,7 +75,8 @@ def likelihood(
         return torch.cat([found[:, : len(prompt)] * by, found[:, len(prompt) :]], 1)
 
     out = []
-    hook = model.get_input_embeddings().register_forward_hook(scale)
+    reader = model.get_encoder() if decodes else model
+    hook = reader.get_input_embeddings().register_forward_hook(scale)
     try:
         for k, token in enumerate(answer):
             if decodes:
@@ -74,7 +93,8 @@ def likelihood(
     return out
 
 
-@pytest.mark.parametrize("kind", ["causal", "seq2seq", "lora", "prompt_tuning"])
+# The last two have norms in float32 in any case, so their steps are wide, and the answer coarse.
+@pytest.mark.parametrize("kind", ["gpt2", "bart", "lora", "prompt_tuning", "llama", "t5"])
 def test_it_is_what_differences_without_a_gradient_say(kind: str) -> None:
     model, encoder = made(kind)
     prompt, answer = asked(encoder)
@@ -82,22 +102,22 @@ def test_it_is_what_differences_without_a_gradient_say(kind: str) -> None:
     ones = [1.0] * len(prompt)
     assert found.logprobs == pytest.approx(likelihood(model, prompt, answer, ones), abs=1e-9)
     assert found.probabilities == pytest.approx([math.exp(each) for each in found.logprobs])
-    step = 1e-4
+    step, apart = (1e-2, 5e-3) if kind in ("llama", "t5") else (1e-4, 1e-6)
     for place in range(len(prompt)):
         ends = [
             sum(likelihood(model, prompt, answer, [*ones[:place], 1 + by, *ones[place + 1 :]]))
             for by in (step, -step)
         ]
         slope = (ends[0] - ends[1]) / (2 * step)
-        assert found.scores[place] == pytest.approx(slope, abs=1e-6), place
-    assert max(map(abs, found.scores)) > 1e-3
+        assert found.scores[place] == pytest.approx(slope, abs=apart), place
+    assert max(map(abs, found.scores)) > 10 * apart
     assert sum(map(abs, found.shares)) == pytest.approx(1)
     assert [share > 0 for share in found.shares] == [score > 0 for score in found.scores]
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_tokens_make_up_the_text_and_controls_are_told_apart() -> None:
-    model, encoder = made("causal")
+    model, encoder = made("llama")
     prompt, answer = asked(encoder)
     found = explaining.explained(model, encoder, prompt, answer, drivers=False)
     assert "".join(each.text for each in found.prompt[1:]) == PROMPT
@@ -111,7 +131,7 @@ def test_tokens_make_up_the_text_and_controls_are_told_apart() -> None:
 
 
 def test_a_model_that_reads_ids_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, encoder = made("causal")
+    model, encoder = made("llama")
     monkeypatch.setattr(model, "forward", lambda input_ids: None)
     with pytest.raises(explaining.errors.ModelError, match="--explain: LlamaForCausalLM reads"):
         explaining.explained(model, encoder, *asked(encoder))
@@ -149,12 +169,16 @@ def test_one_prompt_in_json(
 
 
 def test_a_pipe_has_signs(ask: Cli) -> None:
-    ended = ask("the cat ⟦+++⟧")
+    ended = ask("the cat")
     assert ended.code == 0, ended.err
     assert "\x1b" not in ended.out
     assert ended.out.count("⟦+++⟧") + ended.out.count("⟦---⟧") >= 1
-    assert "\\u27e6+++\\u27e7" in ended.out  # the prompt's own
     assert "share" in ended.out
+
+
+def test_no_token_forges_a_sign(capsys: pytest.CaptureFixture[str]) -> None:
+    console.Screen().shaded("title", [console.Shade("⟦+++⟧\x1b[31m\n", True, "green", "--")])
+    assert capsys.readouterr().out == "title\n⟪\\u27e6+++\\u27e7\\x1b[31m↵\n⟫⟦--⟧\n\n"
 
 
 def test_several_prompts_have_probabilities_alone(ask: Cli, tmp_path: Path) -> None:

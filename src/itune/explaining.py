@@ -88,7 +88,8 @@ def explained(
     model.eval()
     try:
         with torch.enable_grad() if drivers else torch.no_grad():
-            vectors = _vectors(model, prompt).detach().requires_grad_(drivers)
+            reader = model.get_encoder() if apart else model  # an encoder may scale its vectors
+            vectors = _vectors(reader, prompt).detach().requires_grad_(drivers)
             read = _by_decoder if apart else _by_causal
             logits = read(model, vectors, list(answer))
             exact = torch.promote_types(logits.dtype, torch.float32)
@@ -103,16 +104,17 @@ def explained(
 
 def _vectors(model: Any, ids: Sequence[int]) -> torch.Tensor:
     """What the model reads tokens as, [tokens, size]."""
-    return model.get_input_embeddings()(  # type: ignore[no-any-return]
+    found: torch.Tensor = model.get_input_embeddings()(
         torch.tensor([list(ids)], device=model.device)
-    )[0]
+    )
+    return found[0]
 
 
 def _scores(each: torch.Tensor, vectors: torch.Tensor) -> list[float]:
     """Gradient times input of a sum, one number for each vector."""
     (slope,) = torch.autograd.grad(each.sum(), vectors)
     slope, vectors = slope.cpu().double(), vectors.detach().cpu().double()
-    return (slope * vectors).sum(-1).tolist()  # type: ignore[no-any-return]
+    return (slope * vectors).sum(-1).tolist()
 
 
 def _by_causal(model: Any, vectors: torch.Tensor, answer: list[int]) -> torch.Tensor:

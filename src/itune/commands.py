@@ -128,6 +128,18 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
         screen.end()
         if launching.is_main() and run.manifest["state"] != "finished":
             run.update(state=state)
+            if state != "failed":
+                _report(run, screen)
+
+
+def _report(run: runs.Run, screen: console.Screen) -> None:
+    """The page of a run that did not finish; why it did not matters more than a page."""
+    from itune import reports
+
+    try:
+        screen.say(f"a report of what it did: {reports.write(run)}")
+    except OSError as error:
+        screen.say(f"no report of it: {error.strerror}")
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:

@@ -32,6 +32,8 @@ import transformers
 from itune import decoding, stepping
 
 Answers = list[list[int]]
+# Width, layers, vocabulary: 0.2, 12 and 22 million weights.
+SIZES = {"small": (64, 2, 512), "medium": (384, 6, 4096), "large": (512, 6, 4096)}
 
 
 class Plain:
@@ -46,7 +48,7 @@ class Plain:
 
 def made(size: str) -> Any:
     """A Llama with random weights; spread so widely that greedy answers differ."""
-    width, layers, vocabulary = {"small": (64, 2, 512), "medium": (384, 6, 4096)}[size]
+    width, layers, vocabulary = SIZES[size]
     torch.manual_seed(17)
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -149,7 +151,7 @@ def by_vllm(folder: str) -> Callable[[Any, Answers, Any], Answers]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder; a random model when left out")
-    parser.add_argument("--size", default="medium", choices=("small", "medium"))
+    parser.add_argument("--size", default="medium", choices=tuple(SIZES))
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--shared", type=int, default=32, help="tokens that all prompts begin with")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer at most")

@@ -100,6 +100,8 @@ ORDER = (
     "rehearsing",
     "firsts",
     "previewing",
+    "explaining",
+    "shades",
     "speaking",
     "chatting",
     "commands",

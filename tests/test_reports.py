@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich import cells
 from test_commands import write
 
-from itune import charts, contrasts, recipes, reports, runs
+from itune import charts, console, contrasts, recipes, reports, runs, scoreboard
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "path"}
 ESCAPE, BELL, NUL = "\x1b[31mred\x1b[0m", "\x07", "a\x00b"
@@ -259,3 +260,50 @@ def test_tune_writes_it_and_eval_renews_it(
     assert page.count("article") >= 4
     assert "rougeL" in page.text
     assert "4 whole" in page.text
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [("diverged", "not finite"), ("interrupted", "goes on")]
+)
+def test_a_run_that_did_not_finish_says_so(state: str, said: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", ("good",))
+    whole = Page(reports.render(run)).text
+    run.update(state=state, steps=9)
+    for key in ("loss", "heldout_loss", "tokens", "supervised_tokens", "seconds", "waited"):
+        manifest = json.loads((run.dir / "run.json").read_text())
+        del manifest[key]
+        (run.dir / "run.json").write_text(json.dumps(manifest))
+    page = Page(reports.render(runs.Run(run.dir))).text
+    assert "after step 3." in page
+    assert said in page
+    assert "3 of 9" in page
+    assert "Gradient norm" in page
+    assert "after step" not in whole
+    assert "Learning rate learning rate" not in whole
+
+
+def test_the_terminal_shows_the_rows_that_changed_most_in_80_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = [
+        {"prediction": text, "against": "\u65e5" * 40, "row": 123456 + k, "gain": 0.123456}
+        for k, text in enumerate(["", "a\nb" * 50, ESCAPE * 9, "short"])
+    ]
+    changed = {"metric": "rougeL", "count": {"better": 4, "worse": 1, "same": 0}}
+    against = {
+        "name": "base",
+        "scores": {},
+        "difference": {},
+        "changed": {**changed, "better": lines, "worse": [{**lines[3], "gain": -1.0}]},
+    }
+    task = {"rows": 5, "scores": {}, "wordings": [], "against": against}
+    found = list(scoreboard.tables({"tasks": {"t": task}}, 0.95))
+    titles = [table.title for table in found[2:]]
+    assert titles == [f"{way} by rougeL, those that changed most" for way in ("better", "worse")]
+    assert [len(table.rows) for table in found[2:]] == [3, 1]
+    for table in found[2:]:
+        console.Screen().table(table.title, table.columns, table.rows)
+    out = capsys.readouterr().out
+    assert max(cells.cell_len(line.rstrip()) for line in out.splitlines()) <= 80
+    assert {"(empty)", "short", "+0.123", "-1"} <= set(out.split())
+    assert "\x1b" not in out

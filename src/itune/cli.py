@@ -174,6 +174,10 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Talk with the model, a line at a time; /help says how.")
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show how likely each token was, and what drove it."),
+    ] = False,
     sets: SetOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -185,7 +189,15 @@ def generate(
     commands.generate(
         common,
         prompting.Asked(
-            tuple(prompts or ()), run, model, source, template, tuple(field or ()), system, chat
+            prompts=tuple(prompts or ()),
+            run=run,
+            model=model,
+            input=source,
+            template=template,
+            fields=tuple(field or ()),
+            system=system,
+            chat=chat,
+            explain=explain,
         ),
     )
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, launching, prompting, recipes, runs, signals
+from itune import console, errors, launching, prompting, recipes, runs, signals, storage
 
 if TYPE_CHECKING:
-    pass
+    from itune import decoding, explaining, speaking
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,18 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
         screen.end()
         if launching.is_main() and run.manifest["state"] != "finished":
             run.update(state=state)
+            if state != "failed":
+                _report(run, screen)
+
+
+def _report(run: runs.Run, screen: console.Screen) -> None:
+    """The page of a run that did not finish; why it did not matters more than a page."""
+    from itune import reports
+
+    try:
+        screen.say(f"a report of what it did: {reports.write(run)}")
+    except OSError as error:
+        screen.say(f"no report of it: {error.strerror}")
 
 
 def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
@@ -412,43 +424,64 @@ def _answer(
     waiting: Sequence[prompting.Conversation],
     finished: int,
 ) -> None:
-    from itune import speaking
+    from itune import shades, speaking
 
     _still()
     screen = common.screen()
     speaker = speaking.loaded(asked, fields, screen.say)
     prompts = speaker.read(waiting)
-    streams = len(waiting) == 1 and common.output is None and sys.stdout.isatty()
+    alone = len(waiting) == 1
+    streams = alone and common.output is None and not common.json and sys.stdout.isatty()
     heard = speaking.Heard(speaker.encoder, screen.part) if streams else None
+    told: list[tuple[str, Any]] = []
     with screen.counting(len(waiting) if common.output is not None else 0) as done:
         answers = speaker.answers(
             prompts, finished, told=heard.told if heard else None, done=done, say=screen.say
         )
-        for each, completion in zip(waiting, answers, strict=True):
-            if heard is not None and not common.json:
+        for each, ids, completion in zip(waiting, prompts, answers, strict=True):
+            if heard is not None:
                 heard.end()
                 screen.part("\n")
+            found = speaker.explained(ids, completion, drivers=alone) if asked.explain else None
+            if prompting.paged(asked, common.output):
+                told.append((each.prompt, found))
             else:
-                _tell(common, screen, each.prompt, completion, alone=len(waiting) == 1)
+                _tell(common, screen, each.prompt, completion, found, heard=heard, alone=alone)
+    if common.output is not None and told:
+        storage.write(common.output, shades.page(told, speaker.name))
 
 
 def _tell(
-    common: Common, screen: console.Screen, prompt: str, completion: Any, *, alone: bool
+    common: Common,
+    screen: console.Screen,
+    prompt: str,
+    completion: decoding.Completion,
+    found: explaining.Explanation | None,
+    *,
+    heard: speaking.Heard | None,
+    alone: bool,
 ) -> None:
-    """Write an answer where it belongs."""
+    """Write an answer, and what explains it, where they belong."""
+    from itune import shades
+
     answer = {
         "prompt": prompt,
         "response": completion.text,
         "stop": completion.stop,
         "tokens": completion.tokens,
     }
+    if found is not None:
+        answer["explained"] = found.plain()
     if common.output is not None:
         with common.output.open("a", encoding="utf-8") as file:
             file.write(runs.to_json(answer) + "\n")
     elif common.json:
         _emit(common, answer)
     else:
-        screen.result(completion.text if alone else f"> {prompt}\n{completion.text}\n")
+        if heard is None:
+            screen.result(completion.text if alone else f"> {prompt}\n{completion.text}\n")
+        if found is not None:
+            shades.show(screen, found)
 
 
 def _generation(sets: Sequence[str]) -> dict[str, Any]:

@@ -29,6 +29,11 @@ def elided(text: str, width: int) -> str:
     return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
+def spelt(text: str) -> str:
+    """The text on one line, as Python would write it: spaces at its ends can be seen."""
+    return repr(inert(text))
+
+
 class Stretch(NamedTuple):
     """Text of neighbouring tokens of one kind; with `id` it is the token of that id."""
 
@@ -36,6 +41,15 @@ class Stretch(NamedTuple):
     supervised: bool
     control: bool
     id: int | None = None
+
+
+class Shade(NamedTuple):
+    """A token in a style, and what is told of it."""
+
+    text: str
+    control: bool
+    style: str
+    note: str
 
 
 class Signs(NamedTuple):
@@ -198,6 +212,24 @@ class Screen:
             text.append(f"#{stretch.id} ", style="blue")
             text.append(shown[len(shown.rstrip("\n")) :])
         text.append(signs.learnt[1] if learning else "", style=LEARNT)
+        self._wrapped(text)
+        self.out.print()
+
+    def shaded(self, title: str, tokens: Sequence[Shade]) -> None:
+        """Tokens in their styles, each with its note in signs that no text can forge."""
+        if self.silent:
+            return
+        self.out.print(Text(title, style="bold"))
+        signs, text = self._signs, Text()
+        for token in tokens:
+            shown = self._spelt(token.text)
+            if token.control:
+                shown = f"{signs.control[0]}{shown}{signs.control[1]}"
+            ended = len(shown.rstrip("\n"))
+            text.append(shown[:ended], style=token.style)
+            if token.note:
+                text.append(f"{signs.learnt[0]}{token.note}{signs.learnt[1]}", style="blue")
+            text.append(shown[ended:])
         self._wrapped(text)
         self.out.print()
 

@@ -36,6 +36,7 @@ class Asked:
     fields: tuple[str, ...] = ()
     system: str | None = None
     chat: bool = False
+    explain: bool = False
 
 
 def check(asked: Asked, output: Path | None) -> None:
@@ -48,12 +49,22 @@ def check(asked: Asked, output: Path | None) -> None:
         _check_chat(asked, output)
     if output is None:
         return
+    if asked.input is not None and paged(asked, output):
+        raise errors.OptionError(
+            f"--output {output}: a page is of prompts on the command line. Name a file that ends "
+            "in .jsonl, whose lines then hold what --explain finds."
+        )
     if output.is_dir():
         raise errors.OptionError(f"--output {output}: a folder. Name a file.")
     if not output.absolute().parent.is_dir():
         raise errors.OptionError(f"--output {output}: there is no folder {output.parent}. Make it.")
     if asked.input is not None and asked.input.absolute() == output.absolute():
         raise errors.OptionError(f"--output {output}: is the input too. Name another file.")
+
+
+def paged(asked: Asked, output: Path | None) -> bool:
+    """Whether what is explained goes to a page."""
+    return asked.explain and output is not None and output.suffix.lower() in (".html", ".htm")
 
 
 def _check_chat(asked: Asked, output: Path | None) -> None:
@@ -63,6 +74,7 @@ def _check_chat(asked: Asked, output: Path | None) -> None:
         "--output": output,
         "--template": asked.template,
         "--field": asked.fields,
+        "--explain": asked.explain,
     }
     for name, value in given.items():
         if value:

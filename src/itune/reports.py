@@ -64,6 +64,7 @@ def render(run: runs.Run) -> str:
         recipe_text=recipes.dump(run.recipe),
         version=itune.__version__,
         charts=_charts(manifest, log),
+        reached=int(log[-1]["step"]) if log else 0,
         evaluations=list(_evaluations(run.dir / "evals")),
         worst=_worst(run.dir / "row_losses.jsonl"),
         loader=_loader(run),

@@ -6,6 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
+from itune import contrasts
+
+SHOWN = 3  # chosen: rows that changed most, each way; report.html has more
+WIDTH = 27  # columns of an answer: two of them, a row and its gain make 80
+
 
 @dataclass(frozen=True)
 class Table:
@@ -25,6 +32,7 @@ def tables(result: Mapping[str, Any], confidence: float) -> Iterator[Table]:
         yield _scores(name, task, interval)
         if "against" in task:
             yield _differences(task["against"], interval, tests)
+            yield from _changed(task["against"])
         if "spread" in task:
             yield _spread(task["spread"], len(task["wordings"]))
     if tests > 1:
@@ -96,6 +104,33 @@ def _counted(against: Mapping[str, Any]) -> list[str]:
         f"answers by {changed['metric']}: {count['better']:,} better, {count['worse']:,} worse, "
         f"{count['same']:,} the same"
     ]
+
+
+def _changed(against: Mapping[str, Any]) -> Iterator[Table]:
+    """The rows that changed most, both ways, for a task of predictions."""
+    changed = against.get("changed")
+    if not changed or not changed["metric"]:
+        return
+    for way in ("better", "worse"):
+        rows = [
+            [*map(_brief, (row["prediction"], row["against"])), str(row["row"]), _gain(row)]
+            for row in changed[way][:SHOWN]
+        ]
+        if rows:
+            title = f"{way} by {changed['metric']}, those that changed most"
+            yield Table(title, ["tuned", _called(against["name"]), "row", "gain"], rows)
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    return f"{row['gain']:+.3g}"
+
+
+def _brief(text: str) -> str:
+    """The beginning of an answer on one line of its column."""
+    line = contrasts.visible(" ".join(text[: 4 * WIDTH].split())) or "(empty)"
+    if len(text) <= 4 * WIDTH and cell_len(line) <= WIDTH:
+        return line
+    return f"{set_cell_size(line, WIDTH - 3).rstrip()}..."
 
 
 def _spread(spread: Mapping[str, Any], wordings: int) -> Table:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from itune import decoding, encoding, errors, models, prompting, recipes, runs
+from itune import decoding, encoding, errors, explaining, models, prompting, recipes, runs
 
 CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """A model with what it is asked by. wanted: a GenerationConfig."""
+    """A model with what it is asked by. wanted: a GenerationConfig; name: where it is from."""
 
+    name: str
     model: Any
     encoder: encoding.Encoder
     wanted: Any
@@ -29,6 +30,12 @@ class Speaker:
         """The answer to one prompt. `told(place, token)` hears of each token as it comes."""
         order = decoding.Order(self.seed, [key], told=told)
         return decoding.generate(self.model, self.encoder, [ids], self.wanted, order=order)[0]
+
+    def explained(
+        self, ids: Sequence[int], completion: decoding.Completion, *, drivers: bool
+    ) -> explaining.Explanation:
+        """How likely an answer's tokens were; `drivers`: and which of the prompt's drove it."""
+        return explaining.explained(self.model, self.encoder, ids, completion.ids, drivers=drivers)
 
     def read(self, waiting: Sequence[prompting.Conversation]) -> list[list[int]]:
         """The ids of all prompts. Raises DataError, with its place, for one that leaves no room."""
@@ -86,7 +93,7 @@ def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) 
     place = models.placement(named)
     model = models.load(named, place)
     models.take_threads(model, place)
-    return Speaker(model, encoder, wanted, seed)
+    return Speaker(location, model, encoder, wanted, seed)
 
 
 @dataclass

@@ -18,7 +18,6 @@ from itune import (
     errors,
     families,
     fingerprints,
-
     guarding,
     launching,
     models,

@@ -98,6 +98,7 @@ ORDER = (
     "finishing",
     "pushing",
     "rehearsing",
+    "tuning",
     "firsts",
     "previewing",
     "explaining",

@@ -122,9 +122,12 @@ def _opened(
 
 def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
     """Train, and have run.json say how it ended."""
+    from itune import tuning
+
+    _still()
     state = "failed"
     try:
-        _train(recipe, run, screen)
+        tuning.tune(recipe, run, screen)
     except errors.Diverged:
         state = "diverged"
         raise
@@ -147,113 +150,6 @@ def _report(run: runs.Run, screen: console.Screen) -> None:
         screen.say(f"a report of what it did: {reports.write(run)}")
     except OSError as error:
         screen.say(f"no report of it: {error.strerror}")
-
-
-def _train(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
-    from itune import (
-        adapters,
-        batches,
-        compiling,
-        doctor,
-        families,
-        finishing,
-        jobs,
-        models,
-        objectives,
-        origins,
-        probing,
-        pushing,
-        rehearsing,
-        sizing,
-        starting,
-        training,
-    )
-
-    _still()
-    if launching.is_main():
-        pushing.check(recipe)
-    place = models.placement(recipe.model)
-    settings = recipe.training
-    if recipe.adapter is not None:
-        adapters.config(recipe.adapter, models.family_of(recipe.model))
-    with launching.first_prepares(run.dir):
-        encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
-    tokenizer = encoder.tokenizer
-    for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
-        screen.say(line)
-    accelerator = jobs.accelerator(recipe, place)
-    launching.check(accelerator)
-    doctor.check(recipe, encoder, screen.say)
-    files = starting.base_files(recipe, run)
-    model = starting.untrained(recipe, tokenizer, place)
-    base = finishing.base_of(recipe, run, model, tokenizer, keep=accelerator.is_main_process)
-    models.check_fits(model, corpus, settings.max_length)
-    screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
-    model = adapters.attach(
-        model,
-        recipe.adapter,
-        base=base,
-        seed=settings.seed,
-        family=encoder.family,
-        revision=origins.commit(base, recipe.model.revision),
-    )
-    if accelerator.is_main_process and recipe.adapter is not None:
-        adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
-    if recipe.output.merge and recipe.adapter is not None:
-        adapters.refuse_unmergeable(model)
-    if recipe.adapter is not None and encoder.family != families.MASKED:
-        for why in adapters.unheard_stop(model, encoder.stop_id):
-            launching.warn(why)
-    kernel = model.config._attn_implementation
-    objective = objectives.of(encoder, settings)
-    padding = objectives.collate(encoder, model, settings)
-    if adapters.prepends(model) and padding is None:
-        padding = batches.padder(tokenizer.pad_token_id, places=False)
-    packed = None if adapters.prepends(model) else objectives.packed(encoder, model, settings)
-    path = probing.choose(
-        model,
-        int(corpus.lengths.max()),
-        packing=settings.packing,
-        autocast=accelerator.autocast,
-        padding=padding,
-        packed=packed,
-    )
-    screen.say(path.why)
-    if settings.gradient_checkpointing:
-        models.recompute(model)
-    total, trainable = models.count(model)
-    screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
-    plan = starting.planned(
-        settings,
-        corpus,
-        world=accelerator.num_processes,
-        padded=path.padded,
-        changing=objective is not None and any(corpus.plain),
-    )
-    job = jobs.Job(model, corpus, heldout, plan, path.collate(tokenizer.pad_token_id), path)
-    if accelerator.is_main_process:
-        run.update(
-            state="running",
-            base=recipe.model.name,
-            base_files=files,
-            computing=place.why,
-            processes=accelerator.num_processes,
-            parameters=total,
-            trainable=trainable,
-            packed=not path.padded,
-            path={"layout": path.layout, "head": path.head, "why": path.why},
-            data={"train": starting.for_the_record(recipe, corpus)},
-            steps=len(plan),
-        )
-    rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
-    job = sizing.fitted(job, settings, run, accelerator, screen.say)
-    with compiling.layers(job, settings, kernel, accelerator.autocast, screen.say):
-        outcome = training.fit(job, settings, run, accelerator, screen)
-    screen.end()
-    if accelerator.is_main_process:
-        model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
-        finishing.finish(recipe, run, model, encoder, outcome, screen.say)
-    accelerator.wait_for_everyone()
 
 
 def _summary(run: runs.Run) -> dict[str, Any]:

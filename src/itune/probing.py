@@ -131,7 +131,7 @@ def differs(
     with _undisturbed(model):
         with torch.compiler.set_stance("force_eager"):
             model.set_attn_implementation(kernel)
-            probe = _Probe(model, kernel, longest, autocast, path.padding)
+            probe = _Probe(model, kernel, longest, autocast, path.padding, path.packed)
         return probe.against(path.layout, path.head)
 
 

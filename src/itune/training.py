@@ -52,6 +52,9 @@ class Watcher(Protocol):
     def say(self, text: str) -> None:
         """A sentence for the user."""
 
+    def end(self) -> None:
+        """No more steps follow."""
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for the user."""
 

@@ -1,0 +1,153 @@
+"""A run from its recipe to its result: its parts put together, tried, trained, saved.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from itune import (
+    adapters,
+    batches,
+    compiling,
+    data,
+    doctor,
+    encoding,
+    families,
+    finishing,
+    jobs,
+    launching,
+    models,
+    objectives,
+    origins,
+    probing,
+    pushing,
+    recipes,
+    rehearsing,
+    runs,
+    sizing,
+    starting,
+    training,
+)
+
+
+def tune(recipe: recipes.Recipe, run: runs.Run, screen: training.Watcher) -> None:
+    """Train what a recipe says, from where the run's folder stands, to a model in it.
+
+    Every process calls it. Raises what its parts raise: UserError for what the recipe, the data or
+    the model have wrong, EnvironmentRefusal, Interrupted with a checkpoint, Diverged.
+    """
+    if launching.is_main():
+        pushing.check(recipe)
+    place, settings = models.placement(recipe.model), recipe.training
+    if recipe.adapter is not None:
+        adapters.config(recipe.adapter, models.family_of(recipe.model))
+    with launching.first_prepares(run.dir):
+        encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
+    for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
+        screen.say(line)
+    accelerator = jobs.accelerator(recipe, place)
+    launching.check(accelerator)
+    doctor.check(recipe, encoder, screen.say)
+    files = starting.base_files(recipe, run)
+    model = _model(recipe, run, encoder, corpus, place, accelerator, screen)
+    kernel = model.config._attn_implementation
+    path = _path(model, encoder, corpus, settings, accelerator)
+    screen.say(path.why)
+    if settings.gradient_checkpointing:
+        models.recompute(model)
+    total, trainable = models.count(model)
+    screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
+    objective = objectives.of(encoder, settings)
+    plan = starting.planned(
+        settings,
+        corpus,
+        world=accelerator.num_processes,
+        padded=path.padded,
+        changing=objective is not None and any(corpus.plain),
+    )
+    pad_id = encoder.tokenizer.pad_token_id
+    job = jobs.Job(model, corpus, heldout, plan, path.collate(pad_id), path)
+    if accelerator.is_main_process:
+        run.update(
+            state="running",
+            base=recipe.model.name,
+            base_files=files,
+            computing=place.why,
+            processes=accelerator.num_processes,
+            parameters=total,
+            trainable=trainable,
+            packed=not path.padded,
+            path={"layout": path.layout, "head": path.head, "why": path.why},
+            data={"train": starting.for_the_record(recipe, corpus)},
+            steps=len(plan),
+        )
+    rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
+    job = sizing.fitted(job, settings, run, accelerator, screen.say)
+    with compiling.layers(job, settings, kernel, accelerator.autocast, screen.say):
+        outcome = training.fit(job, settings, run, accelerator, screen)
+    screen.end()
+    if accelerator.is_main_process:
+        model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
+        finishing.finish(recipe, run, model, encoder, outcome, screen.say)
+    accelerator.wait_for_everyone()
+
+
+def _model(
+    recipe: recipes.Recipe,
+    run: runs.Run,
+    encoder: encoding.Encoder,
+    corpus: data.Corpus,
+    place: models.Placement,
+    accelerator: Accelerator,
+    screen: training.Watcher,
+) -> Any:
+    """The model with its adapter, in what it computes in, and what speaks against it said."""
+    first, tokenizer = accelerator.is_main_process, encoder.tokenizer
+    model = starting.untrained(recipe, tokenizer, place)
+    base = finishing.base_of(recipe, run, model, tokenizer, keep=first)
+    models.check_fits(model, corpus, recipe.training.max_length)
+    screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
+    if recipe.adapter is None:
+        return model
+    model = adapters.attach(
+        model,
+        recipe.adapter,
+        base=base,
+        seed=recipe.training.seed,
+        family=encoder.family,
+        revision=origins.commit(base, recipe.model.revision),
+    )
+    if first:
+        adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
+    if recipe.output.merge:
+        adapters.refuse_unmergeable(model)
+    if encoder.family != families.MASKED:
+        for why in adapters.unheard_stop(model, encoder.stop_id):
+            launching.warn(why)
+    return model
+
+
+def _path(
+    model: Any,
+    encoder: encoding.Encoder,
+    corpus: data.Corpus,
+    settings: recipes.Training,
+    accelerator: Accelerator,
+) -> probing.Path:
+    """How the run computes, by the probe."""
+    padding = objectives.collate(encoder, model, settings)
+    prepends = adapters.prepends(model)
+    if prepends and padding is None:
+        padding = batches.padder(encoder.tokenizer.pad_token_id, places=False)
+    return probing.choose(
+        model,
+        int(corpus.lengths.max()),
+        packing=settings.packing,
+        autocast=accelerator.autocast,
+        padding=padding,
+        packed=None if prepends else objectives.packed(encoder, model, settings),
+    )

@@ -215,6 +215,20 @@ def test_a_row_of_many_megabytes_is_cut_in_little_memory(tmp_path: Path) -> None
     assert sum(seen) < 100 * 64
 
 
+def test_a_stream_is_told_to_be_looked_at_in_part(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a cat?", "completion": "a ball"}\n')
+    recipe = recipes.loads(
+        "model: {name: m}\n"
+        f"data: {{train: {{path: {tmp_path / 'rows.jsonl'}, streaming: true}}}}\n"
+    )
+    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    made = data.corpus(recipe.data.train, encoder, recipes.Training(max_steps=1))
+    said = [line for line in starting.counted(made, 1) if "a stream" in line]
+    assert len(said) == 1
+    assert "first 10,000 rows" in said[0]
+    assert starting.for_the_record(recipe, made)["sources"][0]["looked_at_first"] == 10_000
+
+
 def thoughts(path: Path) -> recipes.Source:
     answers = ["<think> a </think> b", "plain", "<mask> <think> c", "</s> <mask>"]
     rows = [{"prompt": f"say {k} <think>", "completion": each} for k, each in enumerate(answers)]

@@ -25,6 +25,7 @@ from itune import (
     plans,
     recipes,
     runs,
+    samples,
     vocabularies,
 )
 
@@ -157,6 +158,11 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
         yield from report.notes
         if not report.read_as.startswith("template "):
             yield f"{report.path}: read as {report.read_as}"
+    for path in sorted({source.path for source in corpus.sources if source.streaming}):
+        yield (
+            f"{path}: a stream: masks and overlap with held-out rows are looked at in its first "
+            f"{samples.STREAM_ROWS:,} rows alone"
+        )
     counts = corpus.an_epoch(seed)
     yield (
         f"training data: {counts.rows:,} of {counts.read:,} rows; an epoch has "
@@ -180,8 +186,15 @@ def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any
     seed = recipe.training.seed
     lengths = charts.binned([corpus.lengths.tolist()], 1)
     sources = [
-        {**asdict(report), "an_epoch": share}
-        for report, share in zip(corpus.reports, corpus.shares(seed), strict=True)
+        {
+            **asdict(report),
+            "an_epoch": share,
+            # What is looked at beforehand: None is every row.
+            "looked_at_first": samples.STREAM_ROWS if source.streaming else None,
+        }
+        for source, report, share in zip(
+            corpus.sources, corpus.reports, corpus.shares(seed), strict=True
+        )
     ]
     return {
         **asdict(corpus.an_epoch(seed)),

@@ -58,7 +58,7 @@ def _refuse_secrets(document: yamls.Document, data: Any, key: yamls.Key) -> None
     elif isinstance(data, list):
         for index, value in enumerate(data):
             _refuse_secrets(document, value, (*key, index))
-    elif isinstance(data, str) and errors.SECRET.search(data):
+    elif isinstance(data, str) and errors.masked(data) != data:
         document.fault(key, told)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+import types
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -233,6 +235,13 @@ def _place(stream: Any) -> tuple[str, int, int] | None:
     return type(stream).__name__, state.st_dev, state.st_ino
 
 
+def _told(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """Show a fault of ours with its traceback, which may quote addresses with a token in them."""
+    sys.stderr.write(errors.masked("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main() -> None:
     """Run the command line; an error that a user can meet is one message and an exit code."""
     launching.end_with_launcher()
@@ -240,7 +249,10 @@ def main() -> None:
     output = _place(sys.stdout)
     try:
         with signals.LISTENER.listening():
-            app()
+            try:
+                app()
+            finally:
+                sys.excepthook = _told  # typer has put its own there
     except SystemExit as end:
         # click and rich put something else in the place of an output that nobody reads any more.
         if end.code == 1 and _place(sys.stdout) != output:

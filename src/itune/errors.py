@@ -18,12 +18,15 @@ A UserError reads `place: what is wrong, with the value. What to do.`, one line 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from typing import ClassVar
 
 LONGEST_VALUE = 60  # chosen: a value longer than this hides the sentence around it
 MOST_NAMES = 20
+SECRET_NAME = re.compile(r"(TOKEN|API_KEY|SECRET|PASSWORD|PASSWD|ACCESS_KEY|CREDENTIALS?)$")
+SHORTEST_SECRET = 8  # chosen: a shorter value is found in ordinary words
 
 # Values that are credentials whatever their key: Hugging Face, OpenAI-like, GitHub, GitLab, AWS,
 # Slack, JSON web tokens, private keys, passwords inside URLs. `hf_` also starts ordinary words
@@ -124,7 +127,10 @@ def refuse_unknown(
 
 
 def masked(text: str) -> str:
-    """The text with every credential in it replaced."""
+    """The text with every credential in it replaced: by its form, or as the environment has it."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "[secret]")
     return SECRET.sub("[secret]", text)
 
 

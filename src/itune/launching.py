@@ -156,6 +156,7 @@ def tell(message: str) -> None:
 
     Under a supervisor each process leaves it in a file, of which the supervisor shows the first.
     """
+    message = errors.masked(message)
     left = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if os.environ.get(SUPERVISED) and left:
         Path(left).parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +170,7 @@ def tell(message: str) -> None:
 def warn(message: str) -> None:
     """Tell the user of something that is no error, whatever else is shown."""
     if is_main():
-        sys.stderr.write(f"warning: {errors.inert(message)}\n")
+        sys.stderr.write(f"warning: {errors.inert(errors.masked(message))}\n")
 
 
 def end_with_launcher() -> None:

@@ -31,8 +31,8 @@ CURES = {
 }
 
 
-class Unreachable(errors.EnvironmentRefusal):
-    """The hub does not answer at all."""
+class _Unreachable(Exception):
+    """The hub does not answer at all; told to the user as an EnvironmentRefusal or a warning."""
 
 
 def check(recipe: recipes.Recipe) -> None:
@@ -49,7 +49,7 @@ def check(recipe: recipes.Recipe) -> None:
     for name in names:
         try:
             _made(name, private=recipe.output.private)
-        except Unreachable as error:
+        except _Unreachable as error:
             launching.warn(f"{error} It is tried again when the run is finished.")
             return
 
@@ -72,7 +72,7 @@ def push(run: runs.Run, recipe: recipes.Recipe, say: Say) -> None:
             _made(place, private=recipe.output.private)
             url = _upload(place, _files(folder), f"itune {run.manifest['command']}: {recipe.name}")
             say(f"pushed: {folder} to {url}")
-    except errors.EnvironmentRefusal as error:
+    except (errors.EnvironmentRefusal, _Unreachable) as error:
         raise errors.EnvironmentRefusal(
             f"{error} The run is finished and whole in {run.dir}; the same command pushes it again."
         ) from error
@@ -86,7 +86,12 @@ def push_cards(run: runs.Run, say: Say) -> None:
     for folder, kind in _models(run):
         place = str(cards.repository(run, kind))
         card = {cards.NAME: (folder / cards.NAME).read_bytes()}
-        say(f"pushed: the scores to {_upload(place, card, 'itune eval')}")
+        try:
+            say(f"pushed: the scores to {_upload(place, card, 'itune eval')}")
+        except _Unreachable as error:
+            raise errors.EnvironmentRefusal(
+                f"{error} The scores are in {run.dir}; the same command pushes them."
+            ) from error
 
 
 def _models(run: runs.Run) -> Iterator[tuple[Path, str]]:
@@ -155,7 +160,7 @@ def _upload(name: str, files: dict[str, Any], message: str) -> str:
 
 @contextlib.contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Put what the hub's library raises in our words. Raises EnvironmentRefusal, Unreachable."""
+    """Put what the hub's library raises in our words. Raises EnvironmentRefusal, _Unreachable."""
     try:
         yield
     except Exception as error:
@@ -167,13 +172,13 @@ def _told(name: str) -> Iterator[None]:
                 said = CURES.get(status, "the hub refuses. Try again later")
                 raise errors.EnvironmentRefusal(f"{place}{said} ({status}).") from error
         if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
-            raise Unreachable(f"{place}HF_HUB_OFFLINE is set, so nothing is sent.") from error
+            raise _Unreachable(f"{place}HF_HUB_OFFLINE is set, so nothing is sent.") from error
         # The library's HTTP client has its own errors, those of large files are RuntimeErrors.
         foreign = type(error).__module__.partition(".")[0].startswith(("httpx", "huggingface_hub"))
         if not foreign and not isinstance(error, OSError | RuntimeError):
             raise
         text = errors.inert(errors.masked(" ".join(str(chain[-1]).split())))[:200]
-        raise Unreachable(f"{place}the hub cannot be reached: {text}.") from error
+        raise _Unreachable(f"{place}the hub cannot be reached: {text}.") from error
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

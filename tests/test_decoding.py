@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import tiny_tokenizer
 
-from itune import adapters, decoding, encoding, models, picking, slots, stepping
+from itune import adapters, decoding, encoding, errors, models, picking, slots, stepping
 
 SIZE: dict[str, Any] = {
     "vocab_size": 320,
@@ -216,3 +216,22 @@ def test_tokens_are_told_as_they_come(encoder: encoding.Encoder) -> None:
     order = decoding.Order(told=lambda place, token: heard.append(token))
     (found,) = decoding.generate(model, encoder, prompts(1), wanted, order=order)
     assert heard == list(found.ids[:-1] if found.stop == "stop" else found.ids)
+
+
+@pytest.mark.parametrize("name", [*decoding.FETCHED, *decoding.BESIDES])
+def test_a_field_that_gives_no_answer_is_refused_by_name(
+    name: str, encoder: encoding.Encoder
+) -> None:
+    with pytest.raises(errors.RecipeError, match=f"generation.{name}: 2 "):
+        decoding.settings({name: 2}, encoder)
+
+
+def test_own_stop_tokens_are_added_and_every_drawing_field_draws(
+    encoder: encoding.Encoder,
+) -> None:
+    both = {encoder.stop_id, encoder.eos_id}
+    for own in (7, [7]):
+        assert decoding.settings({"eos_token_id": own}, encoder).eos_token_id == sorted({*both, 7})
+    for name in decoding.SAMPLING:
+        value = 5 if name == "top_k" else 0.5
+        assert decoding.settings({name: value}, encoder).do_sample, name

@@ -269,7 +269,16 @@ def test_a_run_that_did_not_finish_says_so(state: str, said: str, tmp_path: Path
     run = run_of(tmp_path / "run", ("good",))
     whole = Page(reports.render(run)).text
     run.update(state=state, steps=9)
-    for key in ("loss", "heldout_loss", "tokens", "supervised_tokens", "seconds", "waited"):
+    for key in (
+        "finished",
+        "memory",
+        "loss",
+        "heldout_loss",
+        "tokens",
+        "supervised_tokens",
+        "seconds",
+        "waited",
+    ):
         manifest = json.loads((run.dir / "run.json").read_text())
         del manifest[key]
         (run.dir / "run.json").write_text(json.dumps(manifest))

@@ -251,3 +251,4 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert ended.code == 4
     assert "not finite" in ended.err
     assert json.loads((tmp_path / "runs/tune/run.json").read_text())["state"] == "diverged"
+    assert "not finite" in (tmp_path / "runs/tune/report.html").read_text()

@@ -144,12 +144,14 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
 
 def _report(run: runs.Run, screen: console.Screen) -> None:
     """The page of a run that did not finish; why it did not matters more than a page."""
+    import jinja2
+
     from itune import reports
 
     try:
         screen.say(f"a report of what it did: {reports.write(run)}")
-    except OSError as error:
-        screen.say(f"no report of it: {error.strerror}")
+    except (OSError, ValueError, LookupError, jinja2.TemplateError) as error:
+        screen.say(f"no report of it: {error}")
 
 
 def _summary(run: runs.Run) -> dict[str, Any]:

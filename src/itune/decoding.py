@@ -17,7 +17,13 @@ import transformers
 
 from itune import adapters, encoding, errors, families, picking, slots, stepping
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+SAMPLING = (
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff"),
+)
+# What transformers does by code of others, fetched, or would give back besides the answer.
+FETCHED = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups")
+BESIDES = ("return_dict_in_generate",)
 MAX_NEW_TOKENS = 128
 BATCH_TOKENS = 16384  # chosen: of the library's loop, which sets all of them aside at once
 
@@ -52,9 +58,12 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
             f"generation.num_return_sequences: {given['num_return_sequences']}, and each prompt "
             "gets one answer. Leave it out, or ask several times with do_sample."
         )
+    _refuse_fields(given)
     if "do_sample" not in given:
         given["do_sample"] = any(given.get(name) is not None for name in SAMPLING)
-    given["eos_token_id"] = sorted({encoder.stop_id, encoder.eos_id})
+    own = given.get("eos_token_id")
+    more = own if isinstance(own, list) else [] if own is None else [own]
+    given["eos_token_id"] = sorted({encoder.stop_id, encoder.eos_id, *more})
     given["pad_token_id"] = encoder.tokenizer.pad_token_id
     try:
         made = transformers.GenerationConfig(**given)
@@ -62,6 +71,15 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
     except (ValueError, TypeError) as error:
         raise errors.RecipeError(f"generation: {' '.join(str(error).split())}") from error
     return made
+
+
+def _refuse_fields(given: Mapping[str, Any]) -> None:
+    for name in (*FETCHED, *BESIDES):
+        value = given.get(name)
+        if not value or (name == "num_beam_groups" and value == 1):
+            continue
+        why = "needs code that transformers would fetch" if name in FETCHED else "gives no answer"
+        raise errors.RecipeError(f"generation.{name}: {value} {why}. Leave it out.")
 
 
 def refuse_masked(encoder: encoding.Encoder, name: str) -> None:

@@ -36,6 +36,7 @@ ORDER = (
     "families",
     "runs",
     "launching",
+    "sharing",
     "orders",
     "cache",
     "files",
@@ -94,6 +95,7 @@ ORDER = (
     "speaking",
     "chatting",
     "commands",
+    "evaluating",
     "cli",
     "__main__",
 )

@@ -134,18 +134,20 @@ def evaluate(
         str | None,
         typer.Option("--wordings", metavar="all|first|N", help="Which wordings are asked."),
     ] = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score a run on its evaluation data, with intervals, beside the untuned model."""
-    from itune import commands
+    from itune import commands, evaluating
 
-    common = commands.Common(recipe, tuple(sets or ()), output, None, as_json, quiet)
-    commands.evaluate(
+    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)
+    evaluating.evaluate(
         common,
-        commands.Judged(
+        evaluating.Judged(
             run, model, predictions, tuple(metric or ()), against, limit, shots, wordings
         ),
+        sys.argv[1:],
     )
 
 
@@ -175,18 +177,20 @@ def generate(
         bool, typer.Option("--chat", help="Talk with the model, a line at a time; /help says how.")
     ] = False,
     sets: SetOption = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Answer prompts with a run's model."""
     from itune import commands, prompting
 
-    common = commands.Common(None, tuple(sets or ()), output, None, as_json, quiet)
+    common = commands.Common(None, tuple(sets or ()), output, processes, as_json, quiet)
     commands.generate(
         common,
         prompting.Asked(
             tuple(prompts or ()), run, model, source, template, tuple(field or ()), system, chat
         ),
+        sys.argv[1:],
     )
 
 

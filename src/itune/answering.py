@@ -177,15 +177,17 @@ class Answerer:
             self.say(
                 f"{kept.path}: answers by another {', '.join(kept.changed) or 'model'}; asked anew"
             )
+        at = ""
         try:
             for task in self.tasks:
+                at = task.name
                 self._answered(task, kept)
             kept.settle(self.tasks)
         except (KeyboardInterrupt, signals.Stopped) as stop:
             if kept.path is None:
                 raise
             raise errors.Interrupted(
-                f"{self.location}: stopped; {len(kept.answers):,} answers are kept in "
+                f"{at}: stopped; {len(kept.answers):,} answers are kept in "
                 f"{kept.path}. Run the same command again to go on from there."
             ) from stop
         self.tokens, self.seconds = self._rate()
@@ -330,7 +332,7 @@ class Answerer:
             owners = batch.owners().cpu().numpy()
             nats = torch.cat(each).double().cpu().numpy()
             found[rows] = np.bincount(owners, weights=nats, minlength=len(rows))
-        return np.sum(sharing.gathered(found), axis=0)
+        return np.asarray(np.sum(sharing.gathered(found), axis=0))
 
     def _limited(self, source: recipes.Source) -> recipes.Source:
         return source.model_copy(update={"limit": self.asked.limit or source.limit})

@@ -40,6 +40,7 @@ ORDER = (
     "runs",
     "origins",
     "launching",
+    "sharing",
     "orders",
     "cache",
     "files",
@@ -106,6 +107,7 @@ ORDER = (
     "speaking",
     "chatting",
     "commands",
+    "evaluating",
     "cli",
     "__main__",
 )

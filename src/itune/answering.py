@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, fingerprints, predictions, recipes, scoring, signals, sources
+from itune import errors, fingerprints, predictions, recipes, scoring, sharing, signals, sources
 
 if TYPE_CHECKING:
     from itune import data
@@ -175,25 +175,22 @@ class Answerer:
             self.say(
                 f"{kept.path}: answers by another {', '.join(kept.changed) or 'model'}; asked anew"
             )
-        out = {}
-        for task in self.tasks:
-            missing = self._missing(task, kept)
-            if len(missing) < len(task.cases):
-                self.say(
-                    f"{task.name}: {len(task.cases) - len(missing)} of {len(task.cases)} answers "
-                    f"are kept in {kept.path}"
-                )
-            if missing:
-                try:
-                    self._ask(task, missing, kept)
-                except (KeyboardInterrupt, signals.Stopped) as stop:
-                    if kept.path is None:
-                        raise
-                    raise errors.Interrupted(
-                        f"{task.name}: stopped; {len(kept.answers):,} answers are kept in "
-                        f"{kept.path}. Run the same command again to go on from there."
-                    ) from stop
-            out[task.name] = [
+        at = ""
+        try:
+            for task in self.tasks:
+                at = task.name
+                self._answered(task, kept)
+            kept.settle(self.tasks)
+        except (KeyboardInterrupt, signals.Stopped) as stop:
+            if kept.path is None:
+                raise
+            raise errors.Interrupted(
+                f"{at}: stopped; {len(kept.answers):,} answers are kept in "
+                f"{kept.path}. Run the same command again to go on from there."
+            ) from stop
+        self.tokens, self.seconds = self._rate()
+        return {
+            task.name: [
                 scoring.Prediction(
                     case.row,
                     case.wording,
@@ -203,7 +200,27 @@ class Answerer:
                 )
                 for case in task.cases
             ]
-        return out
+            for task in self.tasks
+        }
+
+    def _answered(self, task: data.Task, kept: predictions.Kept) -> None:
+        """Ask what is missing of a task; of several processes each asks its share."""
+        missing = self._missing(task, kept)
+        if len(missing) < len(task.cases):
+            self.say(
+                f"{task.name}: {len(task.cases) - len(missing)} of {len(task.cases)} answers "
+                f"are kept in {kept.path}"
+            )
+        # Of an answer nobody knows the length beforehand, so each counts as the longest.
+        written = 0 if self._chosen(task) else int(self.wanted.max_new_tokens)
+        share = [missing[i] for i in sharing.mine([len(c.ids) + written for c in missing])]
+        if share:
+            self._ask(task, share, kept)
+
+    def _rate(self) -> tuple[int, float]:
+        """The tokens that all processes wrote, and the seconds that the slowest took."""
+        rates = sharing.gathered((self.tokens, self.seconds))
+        return sum(tokens for tokens, _ in rates), max(seconds for _, seconds in rates)
 
     def _ask(self, task: data.Task, cases: list[data.Case], kept: predictions.Kept) -> None:
         from itune import decoding, likelihoods
@@ -245,7 +262,8 @@ class Answerer:
             )
         seconds = time.monotonic() - started
         self.seconds += seconds
-        self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s")
+        of_all = f" by this one of {sharing.world()} processes" if sharing.world() > 1 else ""
+        self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s{of_all}")
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -306,7 +324,10 @@ class Answerer:
         )
         lengths, found = corpus.lengths, np.zeros(len(corpus))
         order = np.argsort(-lengths, kind="stable")
-        for rows in batches.micro_batches(order, lengths, batches.MICRO_TOKENS, padded=True):
+        parts = batches.micro_batches(order, lengths, batches.MICRO_TOKENS, padded=True)
+        # Whole batches are shared, so that each sum is the same to the bit with any number.
+        for place in sharing.mine([float(lengths[rows].sum()) for rows in parts]):
+            rows = parts[place]
             batch = collate(corpus, rows).to(self.model.device)
             each: losses.Each = []
             with torch.inference_mode():
@@ -314,7 +335,7 @@ class Answerer:
             owners = batch.owners().cpu().numpy()
             nats = torch.cat(each).double().cpu().numpy()
             found[rows] = np.bincount(owners, weights=nats, minlength=len(rows))
-        return found
+        return np.asarray(np.sum(sharing.gathered(found), axis=0))
 
     def _limited(self, source: recipes.Source) -> recipes.Source:
         return source.model_copy(update={"limit": self.asked.limit or source.limit})

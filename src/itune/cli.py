@@ -136,18 +136,20 @@ def evaluate(
         str | None,
         typer.Option("--wordings", metavar="all|first|N", help="Which wordings are asked."),
     ] = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score a run on its evaluation data, with intervals, beside the untuned model."""
-    from itune import commands
+    from itune import commands, evaluating
 
-    common = commands.Common(recipe, tuple(sets or ()), output, None, as_json, quiet)
-    commands.evaluate(
+    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)
+    evaluating.evaluate(
         common,
-        commands.Judged(
+        evaluating.Judged(
             run, model, predictions, tuple(metric or ()), against, limit, shots, wordings
         ),
+        sys.argv[1:],
     )
 
 
@@ -181,13 +183,14 @@ def generate(
         typer.Option("--explain", help="Show how likely each token was, and what drove it."),
     ] = False,
     sets: SetOption = None,
+    processes: ProcessesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Answer prompts with a run's model."""
     from itune import commands, prompting
 
-    common = commands.Common(None, tuple(sets or ()), output, None, as_json, quiet)
+    common = commands.Common(None, tuple(sets or ()), output, processes, as_json, quiet)
     commands.generate(
         common,
         prompting.Asked(
@@ -201,6 +204,7 @@ def generate(
             chat=chat,
             explain=explain,
         ),
+        sys.argv[1:],
     )
 
 

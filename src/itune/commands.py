@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, launching, prompting, recipes, runs, signals, storage
+from itune import console, errors, launching, prompting, recipes, runs, sharing, signals, storage
 
 if TYPE_CHECKING:
     from itune import decoding, explaining, speaking
@@ -38,7 +37,7 @@ class Common:
         return recipes.load(self.recipe, overrides=self.sets, output=self.output, command=command)
 
 
-def _still() -> None:
+def still() -> None:
     """Silence the libraries' own bars and advice: what matters, itune says itself."""
     import logging
 
@@ -54,7 +53,7 @@ def _still() -> None:
     datasets.disable_progress_bars()
 
 
-def _emit(common: Common, value: Mapping[str, Any]) -> None:
+def emit(common: Common, value: Mapping[str, Any]) -> None:
     if common.json and launching.is_main():
         sys.stdout.write(runs.to_json(value) + "\n")
         sys.stdout.flush()
@@ -89,7 +88,7 @@ def train(
             screen.say(f"{command}: {recipe.name} in {run.dir}")
             with launching.heard(run.dir, hang):
                 _watched(recipe, run, screen)
-        _emit(common, _summary(run))
+        emit(common, _summary(run))
         if recipe.output.push and launching.is_main():
             from itune import pushing
 
@@ -102,7 +101,7 @@ def _merge_late(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -
     if wanted and not (run.dir / "merged").is_dir():
         from itune import finishing
 
-        _still()
+        still()
         with runs.locked(run):
             finishing.merge(run, screen.say)
 
@@ -124,7 +123,7 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
     """Train, and have run.json say how it ended."""
     from itune import tuning
 
-    _still()
+    still()
     state = "failed"
     try:
         tuning.tune(recipe, run, screen)
@@ -165,147 +164,45 @@ def _preview(
 ) -> None:
     from itune import doctor, families, models, previewing, starting
 
-    _still()
+    still()
     made = starting.tokenizer(recipe, None, command)
     encoder = families.encoder(models.family_of(recipe.model), made)
     shown = previewing.show(
         recipe, encoder, number, screen, command=command, verbose=common.verbose
     )
     doctor.check(recipe, encoder, screen.say)
-    _emit(common, shown)
-
-
-# --- eval ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """What `itune eval` is asked to score, and how."""
-
-    run: Path | None = None
-    model: str | None = None
-    predictions: Path | None = None
-    metrics: tuple[str, ...] = ()
-    against: str | None = None
-    limit: int | None = None
-    shots: int | None = None
-    wordings: str | None = None
-
-
-def evaluate(common: Common, asked: Judged) -> None:
-    """`itune eval`: predictions, their scores with intervals, and the paired comparison."""
-    from itune import answering, judging, scoreboard
-
-    screen = common.screen()
-    if asked.predictions is not None:
-        _refuse_beside_predictions(common, asked)
-        settings = recipes.Evaluation()
-        result = judging.of_file(asked.predictions, asked.metrics, asked.against, settings)
-    else:
-        _still()
-        recipe, run = _judged(common, asked)
-        settings = recipe.evaluation
-        if run is not None:
-            screen.say(f"run: {run.dir}")
-        result = judging.of_model(
-            recipe,
-            run,
-            model=asked.model,
-            metrics=asked.metrics or settings.metrics,
-            against=asked.against or settings.against,
-            asked=answering.Asked(
-                limit=asked.limit,
-                shots=settings.shots if asked.shots is None else asked.shots,
-                wordings=_wordings(asked.wordings),
-                decide=settings.decide,
-            ),
-            folder=common.output,
-            say=screen.say,
-        )
-    for table in scoreboard.tables(result, settings.confidence):
-        if table.title:
-            screen.result(table.title)
-        if table.columns:
-            screen.table("", table.columns, table.rows)
-        screen.result("".join(f"{note}\n" for note in table.notes))
-    _emit(common, result)
-    if result["run"] is not None:
-        from itune import pushing
-
-        pushing.push_cards(runs.Run(Path(result["run"])), screen.say)
-
-
-def _refuse_beside_predictions(common: Common, asked: Judged) -> None:
-    """Refuse options that say nothing about a file of answers, rather than leave them unheard."""
-    if not asked.metrics:
-        raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
-    given = {
-        "--recipe": common.recipe,
-        "--set": common.sets or None,
-        "--output": common.output,
-        "--run": asked.run,
-        "--model": asked.model,
-        "--limit": asked.limit,
-        "--shots": asked.shots,
-        "--wordings": asked.wordings,
-    }
-    unheard = [name for name, value in given.items() if value is not None]
-    if unheard:
-        raise errors.OptionError(
-            f"{unheard[0]}: has no meaning beside --predictions, whose answers are given. "
-            "Leave one of them out."
-        )
-
-
-def _wordings(given: str | None) -> int | None:
-    """How many of a template's wordings are asked; None for all."""
-    if given in (None, "all"):
-        return None
-    if given == "first":
-        return 1
-    if not str(given).isdecimal() or int(str(given)) < 1:
-        raise errors.OptionError(
-            f"--wordings: expected all, first, or a number from 1, found {errors.shown(given)}."
-        )
-    return int(str(given))
-
-
-def _judged(common: Common, asked: Judged) -> tuple[recipes.Recipe, runs.Run | None]:
-    if asked.model is not None:
-        if common.recipe is None:
-            raise errors.OptionError(
-                "--model: on which data? Name a recipe that has data.eval with --recipe."
-            )
-        sets = (*common.sets, f"model.name={json.dumps(asked.model)}", "model.from_scratch=null")
-        return recipes.load(common.recipe, overrides=sets, command="eval"), None
-    if asked.run is None and common.recipe is not None:
-        recipe = recipes.load(common.recipe, overrides=common.sets, command="eval")
-        return recipe, runs.find(recipe.output.dir)
-    run = runs.find(asked.run) if asked.run is not None else runs.newest()
-    path = run.dir / "recipe.yaml"
-    return recipes.load(path, overrides=common.sets, command="eval"), run
+    emit(common, shown)
 
 
 # --- generate -----------------------------------------------------------------------------
 
 
-def generate(common: Common, asked: prompting.Asked) -> None:
+def generate(common: Common, asked: prompting.Asked, arguments: Sequence[str] = ()) -> None:
     """`itune generate`: one answer a prompt, in their order; or a talk."""
     fields = _generation(common.sets)
     prompting.check(asked, common.output)
+    if asked.chat and (common.processes or 1) > 1:
+        raise errors.OptionError("--processes: with --chat? One process talks. Leave it out.")
+    launching.ensure(common.processes, arguments)
+    with sharing.joined():
+        _generate(common, asked, fields)
+
+
+def _generate(common: Common, asked: prompting.Asked, fields: Mapping[str, Any]) -> None:
     screen = common.screen()
     if asked.chat:
         if common.json:
             raise errors.OptionError("--chat: with --json? Keep one; /save FILE writes JSON.")
         from itune import chatting, speaking
 
-        _still()
+        still()
         chatting.Chat(speaking.loaded(asked, fields, screen.say), screen, asked.system).run()
         return
-    conversations = prompting.conversations(asked)
+    conversations = sharing.of_first(lambda: prompting.conversations(asked))
     finished = 0
-    if asked.input is not None and common.output is not None:
-        finished = prompting.answered(common.output, [each.prompt for each in conversations])
+    if asked.input is not None and (path := common.output) is not None:
+        prompts = [each.prompt for each in conversations]
+        finished = sharing.of_first(lambda: prompting.answered(path, prompts))
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]
@@ -324,9 +221,9 @@ def _answer(
 ) -> None:
     from itune import shades, speaking
 
-    _still()
+    still()
     screen = common.screen()
-    speaker = speaking.loaded(asked, fields, screen.say)
+    speaker = sharing.first_before_others(lambda: speaking.loaded(asked, fields, screen.say))
     prompts = speaker.read(waiting)
     alone = len(waiting) == 1
     streams = alone and common.output is None and not common.json and sys.stdout.isatty()
@@ -337,6 +234,8 @@ def _answer(
             prompts, finished, told=heard.told if heard else None, done=done, say=screen.say
         )
         for each, ids, completion in zip(waiting, prompts, answers, strict=True):
+            if sharing.rank() > 0:
+                continue
             if heard is not None:
                 heard.end()
                 screen.part("\n")
@@ -374,7 +273,7 @@ def _tell(
         with common.output.open("a", encoding="utf-8") as file:
             file.write(runs.to_json(answer) + "\n")
     elif common.json:
-        _emit(common, answer)
+        emit(common, answer)
     else:
         if heard is None:
             screen.result(completion.text if alone else f"> {prompt}\n{completion.text}\n")

@@ -17,6 +17,7 @@ from itune import (
     results,
     runs,
     scoring,
+    sharing,
     storage,
     templates,
 )
@@ -97,29 +98,13 @@ def of_model(
     if folder is None and run is not None:
         folder = run.dir / "evals" / asked.name
     location = model if run is None else str(run.dir)
-    ours = Answerer(recipe, location or "", asked, say)
-    ways = {
-        task.name: results.Way(
-            metrics_of(task.template, metrics),
-            recipe.evaluation,
-            task.template.choices,
-            task.template.prompts[: asked.wordings],
-            asked.decide != "generate",
-        )
-        for task in ours.tasks
-    }
-    if metrics and not ours.tasks:
-        raise errors.OptionError(
-            f"--metric {metrics[0]}: data.eval is plain text, which is measured by its perplexity. "
-            "Leave --metric out, or name a run that answers prompts with --run."
-        )
+    ours = sharing.first_before_others(lambda: Answerer(recipe, location or "", asked, say))
+    ways = _ways(ours, recipe, metrics)
     if folder is not None:
         _make(folder)
-    for task in ours.tasks:  # before hours of answering
-        way = ways[task.name]
-        golds = [case.references for case in task.cases]
-        scoring.check_references(golds, way.metrics, choices=way.choices)
     made, losses, rival = _answered(ours, recipe, against, folder)
+    if sharing.rank() > 0:  # what follows is written, and takes no model
+        return {}
     tasks: dict[str, Any] = {}
     for task in ours.tasks:
         tasks[task.name] = results.scored(
@@ -141,6 +126,30 @@ def of_model(
         cards.write(run)
         say(f"report: {reports.write(run)}")
     return result
+
+
+def _ways(ours: Answerer, recipe: recipes.Recipe, metrics: Sequence[str]) -> dict[str, results.Way]:
+    """How each task is scored. Raises UserError where that cannot be: before hours of answering."""
+    if metrics and not ours.tasks:
+        raise errors.OptionError(
+            f"--metric {metrics[0]}: data.eval is plain text, which is measured by its perplexity. "
+            "Leave --metric out, or name a run that answers prompts with --run."
+        )
+    ways = {
+        task.name: results.Way(
+            metrics_of(task.template, metrics),
+            recipe.evaluation,
+            task.template.choices,
+            task.template.prompts[: ours.asked.wordings],
+            ours.asked.decide != "generate",
+        )
+        for task in ours.tasks
+    }
+    for task in ours.tasks:
+        way = ways[task.name]
+        golds = [case.references for case in task.cases]
+        scoring.check_references(golds, way.metrics, choices=way.choices)
+    return ways
 
 
 def _make(folder: Path) -> None:
@@ -209,7 +218,9 @@ def _rival(
         return results.Rival(against, found, {}), None
     if against != "base":
         location = str(runs.find(Path(against)).dir)
-        return None, Answerer(recipe, location, ours.asked, ours.say)
+        return None, sharing.first_before_others(
+            lambda: Answerer(recipe, location, ours.asked, ours.say)
+        )
     if recipe.model.name is None:
         ours.say("against base: this model began from random weights, so there is none to compare")
         return None, None

@@ -78,7 +78,8 @@ def _on_gpus(processes: int, arguments: Sequence[str]) -> Callable[[], None]:
         )
     line = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes)]
     line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    parsed = launch.launch_command_parser().parse_args([*line, "-m", "itune", *arguments])
+    parsed = launch.launch_command_parser().parse_args([*line, "-m", "itune"])
+    parsed.training_script_args = list(arguments)  # --run would be read as the parser's --run_path
     return lambda: launch.launch_command(parsed)
 
 
@@ -88,8 +89,9 @@ def _on_cpu(processes: int, arguments: Sequence[str]) -> Callable[[], None]:
     # accelerate launch --cpu starts one process whatever number it is given.
     os.environ["ACCELERATE_USE_CPU"] = "true"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    line = ["--standalone", "--nproc_per_node", str(processes), "-m", "itune", *arguments]
+    line = ["--standalone", "--nproc_per_node", str(processes), "-m", "itune"]
     parsed = run.parse_args(line)
+    parsed.training_script_args = list(arguments)  # --run would be read as the parser's --run-path
     return lambda: run.run(parsed)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import errors, runs, scoring, storage
+from itune import errors, runs, scoring, sharing, storage
 
 if TYPE_CHECKING:
     from itune import data
@@ -117,7 +117,11 @@ Key = tuple[str, int, int, str]
 
 
 class Kept:
-    """The answers of one model in a file; those that it gave before are known."""
+    """The answers of one model in a file; those that it gave before are known.
+
+    Of several processes each keeps its answers in a file of its own, the first in the one that
+    stays; `settle` brings them together, and so does the next start after one that was stopped.
+    """
 
     def __init__(self, folder: Path | None, name: str, mark: Mapping[str, Any]) -> None:
         """mark: what decides the answers beside the prompts; another one starts the file anew.
@@ -127,35 +131,75 @@ class Kept:
         self.path = None if folder is None else folder / name
         self.answers: dict[Key, str] = {}
         self.changed: list[str] = []
+        self.fresh: dict[Key, str] = {}
         if folder is None or self.path is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        self.answers, self.changed = sharing.of_first(lambda: self._opened(folder, name, mark))
+        self.own = _part(self.path, sharing.rank())
+
+    def _opened(
+        self, folder: Path, name: str, mark: Mapping[str, Any]
+    ) -> tuple[dict[Key, str], list[str]]:
+        """The answers that are known, and what the mark there has otherwise."""
+        path, answers, changed = folder / name, {}, []
         marks = runs.read_json(folder / MARKS) if (folder / MARKS).is_file() else {}
         mine = json.loads(runs.to_json(mark))
-        whole = _whole_lines(self.path)
+        parts = _parts(path)
+        whole = [line for each in (path, *parts) for line in _whole_lines(each)]
         if marks.get(name) == mine:
-            self.answers = {_key(line): line["prediction"] for line in whole if _is_ours(line)}
+            answers = {_key(line): line["prediction"] for line in whole if _is_ours(line)}
         else:
             if whole:
                 known = marks.get(name) or {}
-                self.changed = [key for key in mine if known.get(key) != mine[key]]
+                changed = [key for key in mine if known.get(key) != mine[key]]
             whole = []
         # The lines first: answers that another model gave must never lie beside this mark.
-        storage.write(self.path, "".join(runs.to_json(line) + "\n" for line in whole))
+        storage.write(path, "".join(runs.to_json(line) + "\n" for line in whole))
+        for part in parts:
+            part.unlink()
         storage.write(folder / MARKS, runs.to_json({**marks, name: mine}, indent=2) + "\n")
+        return answers, changed
 
     def add(self, task: data.Task, case: data.Case, answer: str) -> None:
         """Keep an answer, on disk at once."""
         line = line_of(task, case, answer)
-        self.answers[_key(line)] = answer
+        self.answers[_key(line)] = self.fresh[_key(line)] = answer
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.own.open("a", encoding="utf-8") as file:
                 file.write(runs.to_json(line) + "\n")
+
+    def settle(self, tasks: Sequence[data.Task]) -> None:
+        """Have every process know the answers of all, and the file hold them in their order."""
+        for found in sharing.gathered(self.fresh):
+            self.answers.update(found)
+        self.fresh = {}
+        if self.path is None or sharing.rank() > 0:
+            return
+        known = [
+            line_of(task, case, answer)
+            for task in tasks
+            for case in task.cases
+            if (answer := self.answer(task, case)) is not None
+        ]
+        write(self.path, known)
+        for part in _parts(self.path):
+            part.unlink()
 
     def answer(self, task: data.Task, case: data.Case) -> str | None:
         """The answer to a case, where it is known."""
         asked = digest(case, task.template.choices)
         return self.answers.get((task.name, case.row, case.wording, asked))
+
+
+def _part(path: Path, rank: int) -> Path:
+    """Where a process keeps its answers."""
+    return path if rank == 0 else path.with_name(f"{path.stem}.{rank}{path.suffix}")
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of the processes but the first."""
+    return sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
 
 
 def line_of(task: data.Task, case: data.Case, answer: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from itune import decoding, encoding, errors, explaining, models, prompting, recipes, runs
+from itune import decoding, encoding, errors, explaining, models, prompting, recipes, runs, sharing
 
 CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
 
@@ -58,20 +58,30 @@ class Speaker:
     ) -> Iterator[decoding.Completion]:
         """The answer to each prompt in order. first: the key of the first; done: hears of each.
 
-        A chunk at a time, so that what is answered is written before the rest is begun.
+        A chunk at a time, so that what is answered is written before the rest is begun. Of several
+        processes each answers a share of the chunk, and each gives the whole.
         """
-        for start in range(0, len(prompts), CHUNK):
-            chunk = prompts[start : start + CHUNK]
-            keys = range(first + start, first + start + len(chunk))
-            yield from decoding.generate(
+        size = CHUNK * sharing.world()
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            share = sharing.mine([len(ids) + int(self.wanted.max_new_tokens) for ids in chunk])
+            made = decoding.generate(
                 self.model,
                 self.encoder,
-                chunk,
+                [chunk[place] for place in share],
                 self.wanted,
                 lambda place, completion: done(),
-                order=decoding.Order(self.seed, keys, told=told),
+                order=decoding.Order(
+                    self.seed, [first + start + place for place in share], told=told
+                ),
                 say=say if start == 0 else None,
             )
+            found = dict(
+                each
+                for part in sharing.gathered(list(zip(share, made, strict=True)))
+                for each in part
+            )
+            yield from (found[place] for place in range(len(chunk)))
 
 
 def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) -> Speaker:

@@ -1,0 +1,139 @@
+"""`itune eval`: its options, the recipe and the run they mean, and what is shown of the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from itune import commands, errors, launching, recipes, runs, sharing
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What `itune eval` is asked to score, and how."""
+
+    run: Path | None = None
+    model: str | None = None
+    predictions: Path | None = None
+    metrics: tuple[str, ...] = ()
+    against: str | None = None
+    limit: int | None = None
+    shots: int | None = None
+    wordings: str | None = None
+
+
+def evaluate(common: commands.Common, asked: Judged, arguments: Sequence[str] = ()) -> None:
+    """`itune eval`: predictions, their scores with intervals, and the paired comparison."""
+    if asked.predictions is not None:
+        from itune import judging
+
+        _refuse_beside_predictions(common, asked)
+        settings = recipes.Evaluation()
+        result = judging.of_file(asked.predictions, asked.metrics, asked.against, settings)
+        _show(common, result, settings.confidence)
+        return
+    recipe, run = _judged(common, asked)
+    wanted = sharing.affordable(common.processes, recipe.launch.num_processes)
+    launching.ensure(wanted, arguments)
+    with sharing.joined():
+        result = _of_model(common, asked, recipe, run)
+    if launching.is_main():
+        _show(common, result, recipe.evaluation.confidence)
+        if result["run"] is not None:
+            from itune import pushing
+
+            pushing.push_cards(runs.Run(Path(result["run"])), common.screen().say)
+
+
+def _of_model(
+    common: commands.Common, asked: Judged, recipe: recipes.Recipe, run: runs.Run | None
+) -> dict[str, Any]:
+    from itune import answering, judging
+
+    commands.still()
+    screen, settings = common.screen(), recipe.evaluation
+    if run is not None:
+        screen.say(f"run: {run.dir}")
+    return judging.of_model(
+        recipe,
+        run,
+        model=asked.model,
+        metrics=asked.metrics or settings.metrics,
+        against=asked.against or settings.against,
+        asked=answering.Asked(
+            limit=asked.limit,
+            shots=settings.shots if asked.shots is None else asked.shots,
+            wordings=_wordings(asked.wordings),
+            decide=settings.decide,
+        ),
+        folder=common.output,
+        say=screen.say,
+    )
+
+
+def _show(common: commands.Common, result: Mapping[str, Any], confidence: float) -> None:
+    from itune import scoreboard
+
+    screen = common.screen()
+    for table in scoreboard.tables(result, confidence):
+        if table.title:
+            screen.result(table.title)
+        if table.columns:
+            screen.table("", table.columns, table.rows)
+        screen.result("".join(f"{note}\n" for note in table.notes))
+    commands.emit(common, result)
+
+
+def _refuse_beside_predictions(common: commands.Common, asked: Judged) -> None:
+    """Refuse options that say nothing about a file of answers, rather than leave them unheard."""
+    if not asked.metrics:
+        raise errors.OptionError("--predictions: which metric? Name it with --metric NAME.")
+    given = {
+        "--recipe": common.recipe,
+        "--set": common.sets or None,
+        "--output": common.output,
+        "--processes": common.processes,
+        "--run": asked.run,
+        "--model": asked.model,
+        "--limit": asked.limit,
+        "--shots": asked.shots,
+        "--wordings": asked.wordings,
+    }
+    unheard = [name for name, value in given.items() if value is not None]
+    if unheard:
+        raise errors.OptionError(
+            f"{unheard[0]}: has no meaning beside --predictions, whose answers are given. "
+            "Leave one of them out."
+        )
+
+
+def _wordings(given: str | None) -> int | None:
+    """How many of a template's wordings are asked; None for all."""
+    if given in (None, "all"):
+        return None
+    if given == "first":
+        return 1
+    if not str(given).isdecimal() or int(str(given)) < 1:
+        raise errors.OptionError(
+            f"--wordings: expected all, first, or a number from 1, found {errors.shown(given)}."
+        )
+    return int(str(given))
+
+
+def _judged(common: commands.Common, asked: Judged) -> tuple[recipes.Recipe, runs.Run | None]:
+    if asked.model is not None:
+        if common.recipe is None:
+            raise errors.OptionError(
+                "--model: on which data? Name a recipe that has data.eval with --recipe."
+            )
+        sets = (*common.sets, f"model.name={json.dumps(asked.model)}", "model.from_scratch=null")
+        return recipes.load(common.recipe, overrides=sets, command="eval"), None
+    if asked.run is None and common.recipe is not None:
+        recipe = recipes.load(common.recipe, overrides=common.sets, command="eval")
+        return recipe, runs.find(recipe.output.dir)
+    run = runs.find(asked.run) if asked.run is not None else runs.newest()
+    path = run.dir / "recipe.yaml"
+    return recipes.load(path, overrides=common.sets, command="eval"), run

@@ -41,6 +41,10 @@ REFUSED = {
 ALIKE = 1e-2
 
 
+# What peft cannot fold in, or not out again: it says so only half way through.
+NOT_IN_AND_OUT = {"BEFT", "LILY", "OSF", "SHADOW"}
+
+
 def _refuse_broken(kind: str, given: Mapping[str, Any]) -> None:
     """Raise RecipeError for what is known not to work, with the reason and what to use instead."""
     why = REFUSED.get(kind)
@@ -358,6 +362,9 @@ def _foldable(model: Any) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(model, peft.PeftModel) or not hasattr(model.base_model, "merge_adapter"):
+        return []
+    kind = getattr(model.active_peft_config.peft_type, "value", "")
+    if kind in NOT_IN_AND_OUT:
         return []
     layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
     for each in layers:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -130,3 +131,20 @@ def test_a_run_without_steps_takes_the_base_as_it_is_now(
     settings = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(settings))  # laid out otherwise
     assert cli(*short).code == 0
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = tmp_path / "models--org--small"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for commit in ("a" * 40, "b" * 40):
+        (kept / "snapshots" / commit).mkdir(parents=True)
+        (kept / "snapshots" / commit / "config.json").write_text("{}")
+    (kept / "refs").mkdir()
+    found = []
+    for commit in ("a" * 40, "b" * 40):
+        (kept / "refs/main").write_text(commit)
+        found.append(fingerprints.of("org/small", None))
+    assert [each["commit"] for each in found] == ["a" * 40, "b" * 40]
+    assert fingerprints.differing(*found) == ["commit"]

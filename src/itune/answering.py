@@ -148,7 +148,7 @@ class Answerer:
         generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
         generation.pop("transformers_version", None)
         mark: dict[str, Any] = {
-            "model": fingerprints.digest(fingerprints.of(self.location, self.config)),
+            "model": fingerprints.digest(fingerprints.of(self.location, self.named.revision)),
             "dtype": str(self.place.dtype).removeprefix("torch."),
             "generation": generation,
             "decide": self.asked.decide,

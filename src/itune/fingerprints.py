@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from itune import errors, models, storage
+from itune import errors, models, origins, storage
 
 SMALL = (".json", ".jinja", ".model", ".txt")
 WEIGHTS = (".safetensors", ".bin")
@@ -19,18 +19,18 @@ WHOLE = 1 << 20  # chosen: weights up to a megabyte are read whole
 BLOCKS, BLOCK = 64, 4096  # chosen: of each larger file; another training changes every one of them
 
 
-def of(location: str, config: Any) -> dict[str, Any]:
+def of(location: str, revision: str | None) -> dict[str, Any]:
     """The fingerprint of the model at a folder or hub id, and of an adapter's base. JSON.
 
-    `config`: the model's, which knows the commit of one that comes from the hub.
+    `revision`: as it is asked for; one of the hub is known by the commit that it stood for.
     """
     folder = Path(models.resolve(location))
     if not folder.is_dir():
-        return {"name": str(folder), "commit": getattr(config, "_commit_hash", None)}
+        return {"name": str(folder), "commit": origins.commit(location, revision)}
     found: dict[str, Any] = {"files": _files(folder)}
     adapter = models.adapter_of(str(folder))
     if adapter is not None:
-        found["base"] = of(str(adapter["base_model_name_or_path"]), config)
+        found["base"] = of(str(adapter["base_model_name_or_path"]), adapter.get("revision"))
     return found
 
 

@@ -106,7 +106,7 @@ def base_files(recipe: recipes.Recipe, run: runs.Run) -> dict[str, Any] | None:
     """
     if recipe.model.name is None:
         return None
-    now = fingerprints.of(recipe.model.name, models.config_of(recipe.model))
+    now = fingerprints.of(recipe.model.name, recipe.model.revision)
     began = run.manifest.get("base_files")
     if began is not None and not run.untried:
         fingerprints.refuse_another(recipe.model.name, began, now)

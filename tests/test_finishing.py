@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from itune import adapters
 
 Cli = Callable[..., Any]
 RECIPE = """
@@ -263,3 +266,28 @@ def test_what_comes_out_loads_and_answers_alike_with_no_itune_installed(
         assert [each.name for each in templates] == ["chat_template.jinja"]
         settings = json.loads((folder / "runs/lora" / name / "tokenizer_config.json").read_text())
         assert "chat_template" not in settings
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(1.02, "the merged model's logits differ by"), (float("nan"), "numbers that are not finite")],
+    ids=["other", "not a number"],
+)
+def test_a_merged_model_that_answers_otherwise_is_not_kept(
+    number: float, said: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli("tune", "-r", "lora.yaml").code == 0
+    real = adapters.merged
+
+    def spoilt(model: Any) -> Any:
+        whole = real(model)
+        with torch.no_grad():
+            whole.model.layers[0].mlp.down_proj.weight[0] *= number
+        return whole
+
+    monkeypatch.setattr(adapters, "merged", spoilt)
+    ended = cli("tune", "-r", "lora.yaml", "-s", "output.merge=true")
+    assert ended.code == 2, ended.err
+    assert said in ended.err
+    assert sorted(path.name for path in (folder / "runs/lora").glob("*merged*")) == []
+    assert json.loads((folder / "runs/lora/run.json").read_text())["state"] == "finished"

@@ -21,6 +21,7 @@ from itune import (
     cards,
     decoding,
     encoding,
+    errors,
     families,
     models,
     origins,
@@ -33,6 +34,13 @@ from itune import (
 
 Say = Callable[[str], None]
 START = ".start"  # an adapter before its first step, where saving needs it
+# What a merged model is tried on. chosen: a question, a word alone, scripts, numbers and signs.
+SAMPLES = (
+    "What is shown here?",
+    "yes",
+    "Zwölf Boxkämpfer jagen 17.5 % der Füchse; 你好, 世界!",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 40))\n",
+)
 NO_CACHE: dict[str, Any] = {"use_cache": False}
 
 
@@ -118,22 +126,41 @@ def _memory() -> dict[str, int]:
 
 
 def merge(run: runs.Run, say: Say) -> None:
-    """Fold a finished run's adapter into its base, as the base was before any quantisation."""
+    """Fold a finished run's adapter into its base, as the base was before any quantisation.
+
+    What was saved is read again, and has to answer as the adapter on its base does: raises
+    ModelError where it does not, and leaves no merged folder of it.
+    """
     named = recipes.Model(name=str(run.model_dir))
     encoder, place = models.encoder(named), models.placement(named)
     model = models.adapted(str(run.dir), str(run.model_dir), named, place)
-    ids = torch.tensor([encoder.text_ids("What is shown here?")], device=place.device)
-    staged = run.dir / ".merged"
-    sample = {"input_ids": ids, **({} if encoder.family == families.MASKED else NO_CACHE)}
-    if encoder.family == families.SEQ2SEQ:
-        sample["decoder_input_ids"] = ids
-    difference = adapters.merge_and_prove(model, sample, staged)
+    staged, folder = run.dir / ".merged", run.dir / "merged"
+    samples = [_sample(encoder, text, place) for text in SAMPLES]
+    wanted = adapters.logits(model, samples)
+    adapters.merged(model).save_pretrained(staged)
+    del model  # one of the two at a time in memory
+    try:
+        whole = models.load(recipes.Model(name=str(staged)), place)
+        difference = adapters.proved(wanted, adapters.logits(whole, samples), folder)
+    except errors.ModelError:
+        storage.DISK.remove(staged)
+        raise
     encoder.tokenizer.save_pretrained(staged)
     if encoder.family != families.MASKED:
         shutil.copy(run.model_dir / "generation_config.json", staged)
     storage.write(staged / cards.NAME, cards.render(run, cards.MERGED))
-    folder = run.dir / "merged"
     if folder.is_dir():
         storage.DISK.remove(folder)
     storage.DISK.rename(staged, folder)
     say(f"merged: logits within {difference:.1e} of the adapter's; the model is in {folder}")
+
+
+def _sample(encoder: encoding.Encoder, text: str, place: models.Placement) -> dict[str, Any]:
+    """What a model of the encoder's family is called with for a text."""
+    ids = torch.tensor([encoder.text_ids(text)], device=place.device)
+    made: dict[str, Any] = {"input_ids": ids}
+    if encoder.family != families.MASKED:
+        made.update(NO_CACHE)
+    if encoder.family == families.SEQ2SEQ:
+        made["decoder_input_ids"] = ids
+    return made

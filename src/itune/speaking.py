@@ -152,8 +152,8 @@ class Heard:
     def _grow(self, text: str) -> None:
         # A tokenizer that writes what went before anew is heard out first.
         if text.startswith(self.text) and len(text) > len(self.text):
-            self.write(text[len(self.text) :])
-            self.text = text
+            more, self.text = text[len(self.text) :], text
+            self.write(more)  # last: a signal that comes meanwhile must not have it written twice
 
 
 def system_taken(speaker: Speaker, system: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 
-from itune import encoding, formats, models, speaking, stepping
+from itune import console, encoding, formats, models, speaking, stepping
 
 Cli = Callable[..., Any]
 
@@ -166,3 +166,29 @@ def test_bad_rows_are_named_with_their_line(cli: Cli, tmp_path: Path, tiny_model
     (tmp_path / "in.jsonl").write_text(good * 3)
     done = cli(*line, "-s", "generation.max_new_tokens=2")
     assert "answer 3/3" in done.err
+
+
+def test_a_stop_while_a_part_is_shown_shows_it_once_and_before_it_says_so(
+    talk: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, said = console.Screen.part, console.Screen.say
+    order: list[str] = []
+
+    def part(self: Any, text: str) -> None:
+        shown(self, text)
+        order.append(text)
+        if len(order) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    def say(self: Any, text: str) -> None:
+        order.append(text)
+        said(self, text)
+
+    monkeypatch.setattr(console.Screen, "part", part)
+    monkeypatch.setattr(console.Screen, "say", say)
+    ended = talk("hello\n/save talk.jsonl\n", tokens=30)
+    assert ended.code == 0, ended.err
+    turns = json.loads((tmp_path / "talk.jsonl").read_text())["messages"]
+    assert ended.out == turns[1]["content"] + "\n"
+    stopped = next(k for k, text in enumerate(order) if "(stopped)" in text)
+    assert "".join(order[:stopped]).rstrip("\n") == turns[1]["content"]

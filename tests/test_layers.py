@@ -76,6 +76,7 @@ ORDER = (
     "training",
     "slots",
     "picking",
+    "engines",
     "stepping",
     "decoding",
     "likelihoods",
@@ -120,6 +121,7 @@ LIGHT = (
     "runs",
     "launching",
     "console",
+    "engines",
     "commands",
     "cli",
 )

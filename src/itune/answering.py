@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import errors, fingerprints, predictions, recipes, scoring, sharing, signals, sources
+from itune import (
+    engines,
+    errors,
+    fingerprints,
+    predictions,
+    recipes,
+    scoring,
+    sharing,
+    signals,
+    sources,
+)
 
 if TYPE_CHECKING:
     from itune import data
@@ -35,6 +45,8 @@ class Asked:
     """The first wordings of each template, this many; all when left out."""
     decide: str = "likelihood"
     """How one of a template's choices is picked."""
+    engine: engines.Engine | None = None
+    """What answers in itune's place."""
 
     @property
     def name(self) -> str:
@@ -44,6 +56,7 @@ class Asked:
             f"shots-{self.shots}" if self.shots else "",
             "" if self.wordings is None else f"wordings-{self.wordings}",
             "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
+            "" if self.engine is None else self.engine.name,
         ]
         return "-".join(filter(None, parts)) or "all"
 
@@ -77,6 +90,7 @@ class Answerer:
         self.tokens = 0
         self.seconds = 0.0
         self._model: Any = None
+        self.awaited: str | None = None  # the folder of an adapter that its engine will serve too
         self._said: set[str] = set()
 
     def _tasks(self) -> list[data.Task]:
@@ -119,14 +133,30 @@ class Answerer:
         if self._model is None:
             from itune import models
 
-            self._hold(models.load(self.named, self.place))
+            engine = self.asked.engine
+            self._hold(self._served(engine) if engine else models.load(self.named, self.place))
         return self._model
+
+    def _served(self, engine: engines.Engine) -> engines.Served:
+        from itune import models
+
+        return engines.serve(
+            engine,
+            models.resolve(self.location),
+            self.wanted,
+            dtype=str(self.place.dtype).removeprefix("torch."),
+            family=self.encoder.family,
+            revision=self.named.revision,
+            adapter=self.awaited,
+        )
 
     def _hold(self, model: Any) -> None:
         from itune import models
 
-        self._model = model.eval()
-        models.take_threads(model, self.place)
+        self._model = model
+        if not isinstance(model, engines.Served):
+            model.eval()
+            models.take_threads(model, self.place)
 
     def release(self) -> Any:
         """Let go of the model and return it: dropped by the caller, its memory is free."""
@@ -137,7 +167,11 @@ class Answerer:
         """Take the base's model out of its hands and fold this one's adapter into it."""
         from itune import adapters, models
 
-        self._hold(adapters.folded(base.model, models.resolve(self.location)))
+        location = models.resolve(self.location)
+        shared = isinstance(base.model, engines.Served)
+        self._hold(
+            base.model.adapted(location) if shared else adapters.folded(base.model, location)
+        )
         base.release()
 
     # --- what decides its answers ---
@@ -155,6 +189,8 @@ class Answerer:
         }
         if self.wanted.do_sample:
             mark["seed"] = self.recipe.training.seed
+        if self.asked.engine is not None:
+            mark["engine"] = dataclasses.asdict(self.asked.engine)
         return mark
 
     # --- asking ---
@@ -166,7 +202,8 @@ class Answerer:
     def _missing(self, task: data.Task, kept: predictions.Kept) -> list[data.Case]:
         return [case for case in task.cases if kept.answer(task, case) is None]
 
-    def _chosen(self, task: data.Task) -> bool:
+    def chosen(self, task: data.Task) -> bool:
+        """Whether an answer is one of the template's choices, picked by likelihood."""
         return bool(task.template.choices) and self.asked.decide != "generate"
 
     def answers(self, kept: predictions.Kept) -> dict[str, list[scoring.Prediction]]:
@@ -212,7 +249,7 @@ class Answerer:
                 f"are kept in {kept.path}"
             )
         # Of an answer nobody knows the length beforehand, so each counts as the longest.
-        written = 0 if self._chosen(task) else int(self.wanted.max_new_tokens)
+        written = 0 if self.chosen(task) else int(self.wanted.max_new_tokens)
         share = [missing[i] for i in sharing.mine([len(c.ids) + written for c in missing])]
         if share:
             self._ask(task, share, kept)
@@ -232,9 +269,9 @@ class Answerer:
             kept.add(task, cases[place], answer)
             told()
 
-        if not self._chosen(task):
+        if not self.chosen(task):
             decoding.refuse_masked(self.encoder, self.location)
-        if self._chosen(task):
+        if self.chosen(task):
             choices = task.template.choices
             likelihoods.choose(
                 model,

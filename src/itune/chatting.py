@@ -105,16 +105,19 @@ class Chat:
         try:
             said, ids = self._fitted(said)
             heard = speaking.Heard(self.speaker.encoder, self.screen.part)
+            stopped = False
             try:
                 self.speaker.answer(ids, self.answers, heard.told)
-            except signals.Stopped as stopped:
-                if str(stopped) != "SIGINT":
+            except signals.Stopped as stop:
+                if str(stop) != "SIGINT":
                     raise
                 signals.LISTENER.settle()
-                self.screen.say("\n(stopped)")
+                stopped = True
             self.answers += 1
             answer = heard.end()
             self.screen.part("\n")
+            if stopped:
+                self.screen.say("(stopped)")
         except errors.UserError as error:
             self.screen.warn(str(error))
             return
@@ -144,10 +147,15 @@ def _line() -> str | None:
     try:
         if not sys.stdin.isatty():
             return sys.stdin.readline() or None
-        import readline  # noqa: F401  # so that a line can be edited, and an earlier one taken up
+        if sys.stdout.isatty():
+            import readline  # noqa: F401  # so that a line can be edited, and an earlier one taken up
 
-        return input("> ")
+            return input("> ")
+        sys.stderr.write("> ")  # answers alone go to a file
+        sys.stderr.flush()
+        return input()
     except EOFError:
+        sys.stderr.write("\n")  # the shell's own prompt comes next
         return None
     except UnicodeDecodeError as error:
         raise errors.DataError(

@@ -62,6 +62,13 @@ ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="A model instead of a run.")
 ]
 
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine", metavar="vllm[:KEY=VALUE,..]", help="What answers in place of itune's own loop."
+    ),
+]
+
 
 @app.command()
 def pretrain(
@@ -136,6 +143,7 @@ def evaluate(
         str | None,
         typer.Option("--wordings", metavar="all|first|N", help="Which wordings are asked."),
     ] = None,
+    engine: EngineOption = None,
     processes: ProcessesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -147,7 +155,7 @@ def evaluate(
     evaluating.evaluate(
         common,
         evaluating.Judged(
-            run, model, predictions, tuple(metric or ()), against, limit, shots, wordings
+            run, model, predictions, tuple(metric or ()), against, limit, shots, wordings, engine
         ),
         sys.argv[1:],
     )
@@ -182,6 +190,7 @@ def generate(
         bool,
         typer.Option("--explain", help="Show how likely each token was, and what drove it."),
     ] = False,
+    engine: EngineOption = None,
     sets: SetOption = None,
     processes: ProcessesOption = None,
     as_json: JsonOption = False,
@@ -203,6 +212,7 @@ def generate(
             system=system,
             chat=chat,
             explain=explain,
+            engine=engine,
         ),
         sys.argv[1:],
     )

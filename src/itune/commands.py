@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import console, errors, launching, prompting, recipes, runs, sharing, signals, storage
+from itune import (
+    console,
+    engines,
+    errors,
+    launching,
+    prompting,
+    recipes,
+    runs,
+    sharing,
+    signals,
+    storage,
+)
 
 if TYPE_CHECKING:
     from itune import decoding, explaining, speaking
@@ -183,7 +194,8 @@ def generate(common: Common, asked: prompting.Asked, arguments: Sequence[str] = 
     prompting.check(asked, common.output)
     if asked.chat and (common.processes or 1) > 1:
         raise errors.OptionError("--processes: with --chat? One process talks. Leave it out.")
-    launching.ensure(common.processes, arguments)
+    if engines.asked(asked.engine, common.processes) is None:
+        launching.ensure(common.processes, arguments)
     with sharing.joined():
         _generate(common, asked, fields)
 

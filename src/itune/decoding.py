@@ -1,5 +1,7 @@
 """Answers from a model: by itune's own loop where that is exact, else by `transformers.generate`.
 
+A model that another engine serves answers there.
+
 Needs torch.
 """
 
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, encoding, errors, families, picking, slots, stepping
+from itune import adapters, encoding, engines, errors, families, picking, slots, stepping
 
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
@@ -135,6 +137,9 @@ def generate(
         if done is not None:
             done(place, completion)
 
+    if isinstance(model, engines.Served):
+        _Job(model, encoder, prompts, wanted, order or Order(), note).by_engine()
+        return [out[place] for place in range(len(prompts))]
     was_training = model.training
     model.eval()
     try:
@@ -151,7 +156,7 @@ def generate(
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Prompts to be answered, by one of two ways."""
+    """Prompts to be answered, by one of three ways."""
 
     model: Any
     encoder: encoding.Encoder
@@ -202,6 +207,25 @@ class _Job:
         if rows:
             stepping.Stepper(self.model, self.fields, told, ended).run(rows, prefix)
 
+    # --- another engine's ---
+
+    def by_engine(self) -> None:
+        """All at once, as they come: it batches by itself."""
+        keys, stops = self.order.keys or range(len(self.prompts)), set(self.wanted.eos_token_id)
+        fields = self.fields
+        asked = [
+            engines.sampling(
+                fields,
+                min(self.wanted.max_new_tokens, context(self.model) - len(prompt)),
+                int(picking.draws(self.order.seed, key).integers(1 << 62)),
+            )
+            for prompt, key in zip(self.prompts, keys, strict=True)
+        ]
+        for place, ids in enumerate(self.model.answers(self.prompts, asked)):
+            kept = ids[:-1] if ids and ids[-1] in stops else ids
+            self._heard(place, kept)
+            self._note(place, kept, ids)
+
     # --- the library's ---
 
     def by_library(self) -> None:
@@ -249,10 +273,13 @@ class _Job:
         for i, new in zip(rows, made[:, begun:].tolist(), strict=True):
             end = next((k for k, id_ in enumerate(new) if id_ in stops), None)
             kept = new if end is None else new[:end]
-            if self.order.told is not None:
-                for token in kept:
-                    self.order.told(i, token)
+            self._heard(i, kept)
             self._note(i, kept, new if end is None else new[: end + 1])
+
+    def _heard(self, place: int, kept: list[int]) -> None:
+        if self.order.told is not None:
+            for token in kept:
+                self.order.told(place, token)
 
     def _note(self, place: int, kept: list[int], ids: list[int]) -> None:
         stop = "length" if len(kept) == len(ids) else "stop"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itune import commands, errors, launching, recipes, runs, sharing
+from itune import commands, engines, errors, launching, recipes, runs, sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Judged:
     limit: int | None = None
     shots: int | None = None
     wordings: str | None = None
+    engine: str | None = None
 
 
 def evaluate(common: commands.Common, asked: Judged, arguments: Sequence[str] = ()) -> None:
@@ -36,10 +37,12 @@ def evaluate(common: commands.Common, asked: Judged, arguments: Sequence[str] = 
         _show(common, result, settings.confidence)
         return
     recipe, run = _judged(common, asked)
-    wanted = sharing.affordable(common.processes, recipe.launch.num_processes)
-    launching.ensure(wanted, arguments)
+    engine = engines.asked(asked.engine, common.processes)
+    if engine is None:
+        wanted = sharing.affordable(common.processes, recipe.launch.num_processes)
+        launching.ensure(wanted, arguments)
     with sharing.joined():
-        result = _of_model(common, asked, recipe, run)
+        result = _of_model(common, asked, recipe, run, engine)
     if launching.is_main():
         _show(common, result, recipe.evaluation.confidence)
         if result["run"] is not None:
@@ -49,7 +52,11 @@ def evaluate(common: commands.Common, asked: Judged, arguments: Sequence[str] = 
 
 
 def _of_model(
-    common: commands.Common, asked: Judged, recipe: recipes.Recipe, run: runs.Run | None
+    common: commands.Common,
+    asked: Judged,
+    recipe: recipes.Recipe,
+    run: runs.Run | None,
+    engine: engines.Engine | None,
 ) -> dict[str, Any]:
     from itune import answering, judging
 
@@ -68,6 +75,7 @@ def _of_model(
             shots=settings.shots if asked.shots is None else asked.shots,
             wordings=_wordings(asked.wordings),
             decide=settings.decide,
+            engine=engine,
         ),
         folder=common.output,
         say=screen.say,
@@ -101,6 +109,7 @@ def _refuse_beside_predictions(common: commands.Common, asked: Judged) -> None:
         "--limit": asked.limit,
         "--shots": asked.shots,
         "--wordings": asked.wordings,
+        "--engine": asked.engine,
     }
     unheard = [name for name, value in given.items() if value is not None]
     if unheard:

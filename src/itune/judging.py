@@ -99,6 +99,7 @@ def of_model(
         folder = run.dir / "evals" / asked.name
     location = model if run is None else str(run.dir)
     ours = sharing.first_before_others(lambda: Answerer(recipe, location or "", asked, say))
+    _refuse_unserved(ours, recipe)
     ways = _ways(ours, recipe, metrics)
     if folder is not None:
         _make(folder)
@@ -152,6 +153,25 @@ def _ways(ours: Answerer, recipe: recipes.Recipe, metrics: Sequence[str]) -> dic
     return ways
 
 
+def _refuse_unserved(ours: Answerer, recipe: recipes.Recipe) -> None:
+    """Raise OptionError for what an engine that only writes answers cannot be asked."""
+    if ours.asked.engine is None:
+        return
+    chosen = [task.name for task in ours.tasks if ours.chosen(task)]
+    texts = [source.path for source in recipe.data.eval if is_text(source)]
+    if chosen or texts:
+        why = (
+            f"{chosen[0]}: one of its choices is picked by likelihood, which itune computes "
+            "itself. Have it written with --set evaluation.decide=generate"
+            if chosen
+            else f"{texts[0]}: plain text is measured by its loss, which itune computes itself. "
+            "Take it out of data.eval"
+        )
+        raise errors.OptionError(
+            f"--engine {ours.asked.engine.name}: {why}, or leave --engine out."
+        )
+
+
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,9 +208,12 @@ def _answered(
     rival, other = _rival(ours, recipe, against)
     if other is None:
         return ours.answers(mine), ours.losses(), rival
+    from itune import models
+
     theirs = predictions.Kept(folder, "against.jsonl", other.mark)
     texts = any(map(is_text, recipe.data.eval))
     shared = against == "base" and _adapts(ours, other)
+    other.awaited = models.resolve(ours.location) if shared else None
     if shared and not (other.complete(theirs) and ours.complete(mine) and not texts):
         answered, losses = other.answers(theirs), other.losses()
         if texts or not ours.complete(mine):

@@ -152,7 +152,7 @@ class Kept:
         else:
             if whole:
                 known = marks.get(name) or {}
-                changed = [key for key in mine if known.get(key) != mine[key]]
+                changed = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
             whole = []
         # The lines first: answers that another model gave must never lie beside this mark.
         storage.write(path, "".join(runs.to_json(line) + "\n" for line in whole))

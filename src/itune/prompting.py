@@ -37,6 +37,7 @@ class Asked:
     system: str | None = None
     chat: bool = False
     explain: bool = False
+    engine: str | None = None
 
 
 def check(asked: Asked, output: Path | None) -> None:
@@ -47,6 +48,12 @@ def check(asked: Asked, output: Path | None) -> None:
         raise errors.OptionError("--input: where to? Name the file with --output FILE.")
     if asked.chat:
         _check_chat(asked, output)
+    if asked.engine is not None and (asked.chat or asked.explain):
+        name, why = ("--chat", "speaks") if asked.chat else ("--explain", "reads its model")
+        raise errors.OptionError(
+            f"--engine {asked.engine}: with {name}? That {why} token by token, in this process. "
+            "Keep one."
+        )
     if output is None:
         return
     if asked.input is not None and paged(asked, output):

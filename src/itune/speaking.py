@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from itune import decoding, encoding, errors, explaining, models, prompting, recipes, runs, sharing
+from itune import (
+    decoding,
+    encoding,
+    engines,
+    errors,
+    explaining,
+    models,
+    prompting,
+    recipes,
+    runs,
+    sharing,
+)
 
 CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
 
@@ -61,7 +72,8 @@ class Speaker:
         A chunk at a time, so that what is answered is written before the rest is begun. Of several
         processes each answers a share of the chunk, and each gives the whole.
         """
-        size = CHUNK * sharing.world()
+        served = isinstance(self.model, engines.Served)
+        size = engines.CHUNK if served else CHUNK * sharing.world()
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             share = sharing.mine([len(ids) + int(self.wanted.max_new_tokens) for ids in chunk])
@@ -101,8 +113,17 @@ def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) 
     decoding.refuse_masked(encoder, location)
     wanted = decoding.settings(fields, encoder)
     place = models.placement(named)
-    model = models.load(named, place)
-    models.take_threads(model, place)
+    if engine := engines.asked(asked.engine):
+        model: Any = engines.serve(
+            engine,
+            models.resolve(location),
+            wanted,
+            dtype=str(place.dtype).removeprefix("torch."),
+            family=encoder.family,
+        )
+    else:
+        model = models.load(named, place)
+        models.take_threads(model, place)
     return Speaker(location, model, encoder, wanted, seed)
 
 
@@ -131,8 +152,8 @@ class Heard:
     def _grow(self, text: str) -> None:
         # A tokenizer that writes what went before anew is heard out first.
         if text.startswith(self.text) and len(text) > len(self.text):
-            self.write(text[len(self.text) :])
-            self.text = text
+            more, self.text = text[len(self.text) :], text
+            self.write(more)  # last: a signal that comes meanwhile must not have it written twice
 
 
 def system_taken(speaker: Speaker, system: str) -> None:

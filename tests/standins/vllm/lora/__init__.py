@@ -1,0 +1,1 @@
+"""LoRA of the stand-in."""

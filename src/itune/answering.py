@@ -35,6 +35,8 @@ class Asked:
     """The first wordings of each template, this many; all when left out."""
     decide: str = "likelihood"
     """How one of a template's choices is picked."""
+    otherwise: str = ""
+    """What of the recipe is not as the run was trained: `max-new-tokens-64-1f0c9a`."""
 
     @property
     def name(self) -> str:
@@ -44,6 +46,7 @@ class Asked:
             f"shots-{self.shots}" if self.shots else "",
             "" if self.wordings is None else f"wordings-{self.wordings}",
             "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
+            self.otherwise,
         ]
         return "-".join(filter(None, parts)) or "all"
 
@@ -173,7 +176,8 @@ class Answerer:
         """The model's answer to every case, by task: those that are kept, the others asked now."""
         if kept.changed:
             self.say(
-                f"{kept.path}: answers by another {', '.join(kept.changed) or 'model'}; asked anew"
+                f"{kept.path}: answers by another {', '.join(kept.changed)}; asked anew, "
+                f"and those are kept in {kept.aside}"
             )
         at = ""
         try:

@@ -272,7 +272,7 @@ class Tracking(Record):
 
     log_with: tuple[Text, ...] = ()
     """Trackers by the names that Accelerate gives them: tensorboard, trackio, wandb, mlflow. They
-    get the curves and, as `final/loss` and so on, the result; what `itune eval` finds they do not."""
+    get the curves and, as `final/loss` and so on, the result, but not what `itune eval` finds."""
     project_name: Text = "itune"
     """The project under which the trackers file the run."""
 

@@ -14,13 +14,15 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from itune import metrics, resampling
-from itune.metrics import sufficient
+from itune.metrics import perplexity, sufficient
 
 METRICS = ("accuracy", "f1", "bleu", "rougeL", "squad_f1")
+LOSSES = {"perplexity": perplexity.Perplexity, "bits_per_byte": perplexity.BitsPerByte}
 SIZES = (200, 1000)
 TRIALS = 500
 POPULATION = 20_000
@@ -55,12 +57,31 @@ def labels(n: int, seed: int) -> tuple[list[str], list[list[str]]]:
     return said, golds
 
 
+def losses(n: int, seed: int) -> tuple[list[float], list[list[int]]]:
+    """Summed losses of texts of 20 to 500 tokens."""
+    draw = random.Random(seed)
+    tokens = [draw.randint(20, 500) for _ in range(n)]
+    return [draw.gauss(3, 0.5) * count for count in tokens], [[count] for count in tokens]
+
+
+def cases(name: str, n: int, seed: int) -> tuple[Any, Any]:
+    """Predictions and references as a metric takes them."""
+    if name in ("accuracy", "f1", "matthews_correlation"):
+        return labels(n, seed)
+    return losses(n, seed) if name in LOSSES else texts(n, seed)
+
+
+def metric_of(name: str) -> sufficient.SufficientMetric:
+    """A metric of itune's own, those of plain text too."""
+    metric = LOSSES[name]() if name in LOSSES else metrics.load(name)
+    assert isinstance(metric, sufficient.SufficientMetric)
+    return metric
+
+
 def population(name: str, seed: int) -> tuple[sufficient.SufficientMetric, np.ndarray]:
     """A metric and its statistics over all rows."""
-    metric = metrics.load(name)
-    assert isinstance(metric, sufficient.SufficientMetric)
-    make = labels if name in ("accuracy", "f1", "matthews_correlation") else texts
-    return metric, metric.statistics(*make(POPULATION, seed)).astype(np.float64)
+    metric = metric_of(name)
+    return metric, metric.statistics(*cases(name, POPULATION, seed)).astype(np.float64)
 
 
 def coverage(name: str, size: int, trials: int = TRIALS) -> float:
@@ -87,25 +108,28 @@ def alike(name: str, size: int, trials: int = TRIALS) -> float:
     return called / trials
 
 
-def speed(name: str, size: int = 10_000) -> tuple[float, float]:
-    """Seconds to count what rows score, and for 1,000 resamples of all of them after that."""
-    metric = metrics.load(name)
-    assert isinstance(metric, sufficient.SufficientMetric)
-    make = labels if name in ("accuracy", "f1", "matthews_correlation") else texts
-    rows = make(size, 2)
+def speed(name: str, size: int = 10_000) -> tuple[float, float, float]:
+    """Seconds to count what rows score, then for 1,000 resamples of all, and for a comparison."""
+    metric = metric_of(name)
+    rows = cases(name, size, 2)
     begun = time.process_time()
     statistics = metric.statistics(*rows)
     counted = time.process_time()
     resampling.score(metric, statistics)
-    return counted - begun, time.process_time() - counted
+    scored = time.process_time()
+    others = metric.statistics(*cases(name, size, 3))
+    ready = time.process_time()
+    resampling.compare(metric, statistics, others)
+    return counted - begun, scored - counted, time.process_time() - ready
 
 
 def _rows(asked: list[str]) -> Iterator[str]:
     for what in asked or ["coverage", "alike", "speed"]:
         if what == "speed":
-            yield "| CPU seconds | count 10,000 rows | 1,000 resamples |\n| --- | --- | --- |"
-            for name in metrics.names():
-                yield "| `{}` | {:.2f} | {:.2f} |".format(name, *speed(name))
+            yield "| CPU seconds | count 10,000 rows | 1,000 resamples | compare two |"
+            yield "| --- | --- | --- | --- |"
+            for name in (*metrics.names(), *LOSSES):
+                yield "| `{}` | {:.2f} | {:.2f} | {:.2f} |".format(name, *speed(name))
             continue
         run = {"coverage": coverage, "alike": alike}[what]
         yield f"| {what} | n = 200 | n = 1000 |\n| --- | --- | --- |"

@@ -88,6 +88,12 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
+def folder_of(folder: Path, name: str) -> Path:
+    """Where a run keeps what was asked so, of data that is other than its recipe's."""
+    (found,) = (folder / "runs/lora/evals").glob(f"{name}-*")
+    return found
+
+
 def result(ended: Any) -> dict[str, Any]:
     assert ended.code == 0, ended.err
     found: dict[str, Any] = json.loads(ended.out)
@@ -114,23 +120,56 @@ def test_a_second_metric_costs_no_answer(folder: Path, cli: Cli, asked: list[str
     again = cli(*run, "--metric", "chrf", "--metric", "squad")
     assert again.code == 0, again.err
     assert asked == []
-    assert "place: 5 of 5 answers are kept in runs/lora/evals/all/predictions.jsonl" in again.err
-    kept = json.loads((folder / "runs/lora/evals/all/scores.json").read_text())["tasks"]["place"]
+    place = folder_of(folder, "path-places.jsonl")
+    assert place.name.startswith("path-places.jsonl-template-place.yaml-")
+    kept_in = place.relative_to(folder) / "predictions.jsonl"
+    assert f"place: 5 of 5 answers are kept in {kept_in}" in again.err
+    kept = json.loads((place / "scores.json").read_text())["tasks"]["place"]
     assert set(kept["scores"]) == {"chrf", "squad_em", "squad_f1"}
     assert kept["scores"]["squad_f1"] == first["tasks"]["place"]["scores"]["squad_f1"]
+    assert json.loads((place / "scores.old-1.json").read_text()) == first
+    cli(*run, "--metric", "chrf", "--metric", "squad")
+    assert not (place / "scores.old-2.json").exists(), "the same scores again"
 
 
 @pytest.mark.parametrize("option", ["generation.max_new_tokens=3", "evaluation.decide=generate"])
 def test_other_settings_ask_anew(option: str, folder: Path, cli: Cli, asked: list[str]) -> None:
     run = ("eval", "--run", "runs/lora", "-o", "kept", *NO_TEXT, "--metric", "accuracy")
     result(cli(*run, "--json"))
+    before = list(read(folder / "kept/predictions.jsonl"))
+    marks = json.loads((folder / "kept/asked.json").read_text())
     asked.clear()
     other = cli(*run, "-s", option)
     assert len(asked) == 1 + 12
     changed = "generation" if "generation" in option else "decide"
     assert f"answers by another {changed}; asked anew" in other.err
+    assert "those are kept in kept/predictions.old-1.jsonl" in other.err
     lines = list(read(folder / "kept/predictions.jsonl"))
     assert len(lines) == 12
+    assert list(read(folder / "kept/predictions.old-1.jsonl")) == before
+    now = json.loads((folder / "kept/asked.json").read_text())
+    assert now["predictions.old-1.jsonl"] == marks["predictions.jsonl"]
+    assert now["predictions.jsonl"] != marks["predictions.jsonl"]
+
+
+def test_other_settings_have_a_folder_of_their_own(folder: Path, cli: Cli) -> None:
+    run = ("eval", "--run", "runs/lora", *NO_TEXT, "--metric", "accuracy")
+    one = result(cli("eval", "--run", "runs/lora", "--limit", "2", "--json"))
+    evals = folder / "runs/lora/evals"
+    assert [each.name for each in evals.iterdir()] == ["limit-2"], "nothing is set otherwise"
+    for tokens in (3, 2, 3):
+        sets = ("-s", f"generation.max_new_tokens={tokens}", "-s", "evaluation.confidence=0.9")
+        result(cli("eval", "--run", "runs/lora", "--limit", "2", *sets, "--json"))
+    names = sorted(each.name for each in evals.iterdir())
+    cut = [name[: -len("-123abc")] for name in names[1:]]
+    assert cut == ["limit-2-max-new-tokens-2", "limit-2-max-new-tokens-3"], names
+    assert json.loads((evals / "limit-2/scores.json").read_text()) == one
+    result(cli(*run, "--json"))
+    assert len(list(evals.glob("fewer-*"))) == 1, "one source of two"
+    result(cli(*run, "-o", "kept", "--json"))
+    result(cli(*run, "-o", "kept", "--limit", "1", "--json"))
+    assert len(list(read(folder / "kept/predictions.jsonl"))) == 2
+    assert len(list(read(folder / "kept/predictions.old-1.jsonl"))) == 12, "no answer is dropped"
 
 
 def test_other_weights_or_another_prompt_ask_anew(folder: Path, cli: Cli, asked: list[str]) -> None:
@@ -167,7 +206,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
     ) -> Any:
         def told(place: int, completion: Any) -> None:
             done(place, completion)
-            if len(list(read(folder / "runs/lora/evals/all/predictions.jsonl"))) == 3:
+            if len(list(read(folder_of(folder, "path-places.jsonl") / "predictions.jsonl"))) == 3:
                 raise KeyboardInterrupt
 
         return generate(model, encoder, prompts, wanted, told, **options)
@@ -176,9 +215,9 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(
         patched.setattr(decoding, "generate", dying)
         stopped = cli(*run)
     assert stopped.code == 75
-    assert "place: stopped; 3 answers are kept in runs/lora/evals/all" in stopped.err
+    assert "place: stopped; 3 answers are kept in runs/lora/evals/path-places" in stopped.err
     assert "Run the same command again" in stopped.err
-    path = folder / "runs/lora/evals/all/predictions.jsonl"
+    path = folder_of(folder, "path-places.jsonl") / "predictions.jsonl"
     with path.open("a") as file:
         file.write('{"task": "place", "row": 4, "predic')  # torn by the kill
     asked.clear()
@@ -202,7 +241,7 @@ def test_answers_drawn_at_random_go_on_as_they_would_have(
 ) -> None:
     run = ("eval", "--run", "runs/lora", "-s", "generation.temperature=1.5", *PLACES)
     result(cli(*run, "--json"))
-    path = folder / "runs/lora/evals/all/predictions.jsonl"
+    path = folder_of(folder, "path-places.jsonl") / "predictions.jsonl"
     whole = path.read_text()
     asked.clear()
     result(cli(*run, "--json"))
@@ -219,7 +258,8 @@ def test_answers_drawn_at_random_go_on_as_they_would_have(
 def test_the_base_of_an_adapter_is_the_same_loaded_model(
     folder: Path, cli: Cli, asked: list[str]
 ) -> None:
-    found = result(cli("eval", "--run", "runs/lora", "--against", "base", *ALL, "--json"))
+    both = ("eval", "--run", "runs/lora", "--against", "base", "-o", "both")
+    found = result(cli(*both, *ALL, "--json"))
     assert asked.count("load") == 1
     assert asked.count("generate") == 2 * 5
     base = json.loads((folder / "runs/lora/run.json").read_text())["base"]
@@ -236,7 +276,7 @@ def test_the_base_of_an_adapter_is_the_same_loaded_model(
     assert gap != 0, "two steps of training change something"
     assert_bits_are_of_bytes(folder, text)
     asked.clear()
-    assert cli("eval", "--run", "runs/lora", "--against", "base", *PLACES).code == 0
+    assert cli(*both, *PLACES).code == 0
     assert asked == [], "both models' answers are kept"
 
 
@@ -319,7 +359,7 @@ def test_rows_that_changed_are_listed_both_ways(folder: Path, cli: Cli) -> None:
 def test_a_file_that_was_asked_something_else_is_refused(folder: Path, cli: Cli) -> None:
     run = ("eval", "--run", "runs/lora", *PLACES)
     result(cli(*run, "--json"))
-    lines = list(read(folder / "runs/lora/evals/all/predictions.jsonl"))
+    lines = list(read(folder_of(folder, "path-places.jsonl") / "predictions.jsonl"))
     write(folder / "same.jsonl", lines)
     same = cli(*run, "--against", "same.jsonl", "--json")
     assert result(same)["tasks"]["place"]["against"]["changed"]["count"]["same"] == 5
@@ -355,7 +395,7 @@ def test_files_of_several_tasks_are_scored_task_by_task(folder: Path, cli: Cli) 
 def test_answers_that_are_no_choice_are_wrong_and_counted(folder: Path, cli: Cli) -> None:
     run = ("eval", "--run", "runs/lora", "-s", "evaluation.decide=generate", *NO_TEXT)
     found = result(cli(*run, "--json"))["tasks"]["mood"]
-    lines = list(read(folder / "runs/lora/evals/generate/predictions.jsonl"))
+    lines = list(read(folder_of(folder, "generate") / "predictions.jsonl"))
     odd = sum(line["prediction"] not in ("sad", "glad") for line in lines)
     assert odd > 0, "a model after two steps writes nonsense"
     assert found["unparseable"] == {"count": odd, "share": odd / 12}
@@ -392,7 +432,7 @@ def test_wordings_are_scored_apart_and_their_spread_is_shown(folder: Path, cli: 
         first = result(cli(*run, "--wordings", given, "--json"))["tasks"]["mood"]
         assert first["wordings"] == []
         assert first["rows"] == 6
-    assert len(list(read(folder / "runs/lora/evals/wordings-1/predictions.jsonl"))) == 6
+    assert len(list(read(folder_of(folder, "wordings-1") / "predictions.jsonl"))) == 6
     for given in ("0", "last"):
         ended = cli(*run, "--wordings", given)
         assert ended.code == 2
@@ -438,7 +478,7 @@ def test_shots_have_answers_of_their_own(folder: Path, cli: Cli, asked: list[str
     result(cli(*run, "--json"))
     found = result(cli(*run, "--shots", "2", "--limit", "3", "--json"))
     assert found["tasks"]["place"]["rows"] == 3
-    lines = list(read(folder / "runs/lora/evals/limit-3-shots-2/predictions.jsonl"))
+    lines = list(read(folder_of(folder, "limit-3-shots-2") / "predictions.jsonl"))
     assert len(lines) == 3
     assert all(line["prompt"].count("Where?") == 3 for line in lines)
     assert asked.count("generate") == 5 + 3

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import tracking
 
 from itune import checkpoints, decoding, optimizers, recipes, rehearsing, storage
 
@@ -159,8 +160,6 @@ def _mute(patch: pytest.MonkeyPatch) -> None:
 
 
 def _tracked(patch: pytest.MonkeyPatch, *, starts: bool) -> None:
-    from accelerate import tracking
-
     class Tracker(tracking.GeneralTracker):
         name = "tensorboard"
         requires_logging_directory = False
@@ -201,6 +200,57 @@ SINKS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int, str]] = {
         "tensorboard does not take a line: 'its server is gone'",
     ),
 }
+
+
+@pytest.mark.parametrize("end", ["finished", "interrupted", "failing"])
+def test_a_tracker_gets_the_result_and_is_closed(
+    end: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    class Tracker(tracking.GeneralTracker):
+        name = "tensorboard"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            super().__init__()
+
+        def store_init_configuration(self, values: Any) -> None:
+            pass
+
+        def log(self, values: Any, step: Any = None, **_: Any) -> None:
+            if end == "interrupted" and step == 2:
+                raise KeyboardInterrupt
+            if end == "failing" and "final/loss" in values:
+                raise ConnectionError("its server is gone")
+            told.append((step, values))
+
+        def finish(self) -> None:
+            told.append("closed")
+            if end == "failing":
+                raise ConnectionError("its server is gone still")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    options = ("-s", "tracking.log_with=[tensorboard]", "-s", "training.logging_steps=50")
+    ended = cli("tune", "-r", "lora.yaml", "-o", "runs/seen", *options)
+    assert told.count("closed") == 1
+    assert told[-1] == "closed"
+    if end == "interrupted":
+        assert ended.code == 130, ended.err
+        return
+    assert ended.code == 0, ended.err
+    record = json.loads((folder / "runs/seen/run.json").read_text())
+    curves = {step: values["heldout_loss"] for step, values in told[1:3]}
+    assert curves == {2: pytest.approx(curves[2]), 3: record["heldout_loss"]}
+    if end == "failing":
+        assert "tensorboard: does not take the result: 'its server is gone'" in ended.err
+        assert "tensorboard: its run was not closed: 'its server is gone still'" in ended.err
+        return
+    step, final = told[-2]
+    assert (step, final["final/steps"], final["final/loss"]) == (3, 3, record["loss"])
+    assert final["final/heldout_loss"] == record["heldout_loss"]
 
 
 @pytest.mark.parametrize("sink", SINKS)

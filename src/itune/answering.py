@@ -47,6 +47,8 @@ class Asked:
     """How one of a template's choices is picked."""
     engine: engines.Engine | None = None
     """What answers in itune's place."""
+    otherwise: str = ""
+    """What of the recipe is not as the run was trained: `max-new-tokens-64-1f0c9a`."""
 
     @property
     def name(self) -> str:
@@ -57,6 +59,7 @@ class Asked:
             "" if self.wordings is None else f"wordings-{self.wordings}",
             "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
             "" if self.engine is None else self.engine.name,
+            self.otherwise,
         ]
         return "-".join(filter(None, parts)) or "all"
 
@@ -210,7 +213,8 @@ class Answerer:
         """The model's answer to every case, by task: those that are kept, the others asked now."""
         if kept.changed:
             self.say(
-                f"{kept.path}: answers by another {', '.join(kept.changed) or 'model'}; asked anew"
+                f"{kept.path}: answers by another {', '.join(kept.changed)}; asked anew, "
+                f"and those are kept in {kept.aside}"
             )
         at = ""
         try:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from itune import commands, engines, errors, launching, recipes, runs, sharing
+
+ASKING = (
+    "data.",
+    "generation.",
+    "model.",
+    "training.seed",
+)  # parts of a recipe that answers follow from
+NAMED = 40  # chosen: characters of a folder's name that tell of settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +86,33 @@ def _of_model(
             wordings=_wordings(asked.wordings),
             decide=settings.decide,
             engine=engine,
+            otherwise="" if run is None else sharing.of_first(lambda: otherwise(run, recipe)),
         ),
         folder=common.output,
         say=screen.say,
     )
+
+
+def otherwise(run: runs.Run, recipe: recipes.Recipe) -> str:
+    """What a recipe asks otherwise than its run's own, as part of a folder's name; "" if nothing.
+
+    The beginning of it in words, and a digest of all: other settings have another name.
+    """
+    own = recipes.load(run.dir / "recipe.yaml", command="eval")
+    found = [
+        (key, value)
+        for key, _, value in recipes.diff(own, recipe)
+        if key.startswith(ASKING) and (recipes.decides(key) or key.startswith("generation."))
+    ]
+    if not found:
+        return ""
+    text = json.dumps(found, sort_keys=True)
+    told = [
+        (key.split(".")[-1], str(value).split("/")[-1]) for key, value in found if value is not None
+    ]
+    words = "-".join(f"{key}-{value}" for key, value in told) or "fewer"  # sources were left out
+    brief = re.sub(r"[^a-z0-9.]+", "-", words.lower())[:NAMED].strip("-.")
+    return f"{brief}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def _show(common: commands.Common, result: Mapping[str, Any], confidence: float) -> None:

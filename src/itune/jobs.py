@@ -5,7 +5,10 @@ Needs torch.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +51,7 @@ def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
         try:
             made.init_trackers(recipe.tracking.project_name)
         except Exception as error:  # each tracker has faults of its own kind
-            said = errors.shown(" ".join(str(error).split()) or type(error).__name__)
+            said = _told(error)
             raise errors.EnvironmentRefusal(
                 f"tracking.log_with: {', '.join(trackers)} cannot be started: {said}. Mend that, "
                 "or leave it out."
@@ -76,6 +79,42 @@ def _check_trackers(names: list[str]) -> None:
             raise errors.EnvironmentRefusal(
                 f"tracking.log_with: {name} is not installed. Run: pip install {name}"
             )
+
+
+@contextlib.contextmanager
+def tracked(accelerator: Accelerator, say: Callable[[str], None]) -> Iterator[None]:
+    """Close each tracker's run in the end, however that comes: what it was told is then kept.
+
+    One that cannot is told of and in nobody's way; the process group stays for others to use.
+    """
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # each tracker has faults of its own kind
+                say(f"{tracker.name}: its run was not closed: {_told(error)}")
+
+
+def track_result(
+    accelerator: Accelerator, step: int, result: Mapping[str, Any], say: Callable[[str], None]
+) -> None:
+    """Give each tracker the finite numbers of a finished run's result, as `final/NAME`."""
+    numbers = {
+        f"final/{name}": value
+        for name, value in result.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+    for tracker in accelerator.trackers:
+        try:
+            tracker.log(numbers, step=step)
+        except Exception as error:  # the run is finished and stays so
+            say(f"{tracker.name}: does not take the result: {_told(error)}")
+
+
+def _told(error: Exception) -> str:
+    return errors.shown(" ".join(str(error).split()) or type(error).__name__)
 
 
 # --- measuring ----------------------------------------------------------------------------

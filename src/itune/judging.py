@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -121,7 +122,7 @@ def of_model(
     rate = round(ours.tokens / ours.seconds, 1) if ours.tokens else None
     result = _result(run, started, rate, tasks)
     if folder is not None:
-        _keep(folder, ours, made, rival, result)
+        _keep(folder, ours, made, rival, result, say)
         say(f"scores and predictions: {folder}")
     if run is not None and folder is not None and folder.parent == run.dir / "evals":
         cards.write(run)
@@ -267,6 +268,7 @@ def _keep(
     made: results.Predictions,
     rival: results.Rival | None,
     result: Mapping[str, Any],
+    say: Say,
 ) -> None:
     lines = []
     for task in ours.tasks:
@@ -280,4 +282,15 @@ def _keep(
                 line["against"] = other[row.row, row.wording]
             lines.append(line)
     predictions.write(folder / "predictions.jsonl", lines)
-    storage.write(folder / "scores.json", runs.to_json(result, indent=2) + "\n")
+    scores = folder / "scores.json"
+    if scores.is_file() and _lasting(runs.read_json(scores)) != _lasting(result):
+        aside = predictions.spare(scores)
+        storage.DISK.rename(scores, aside)
+        say(f"other scores were there; they are kept in {aside}")
+    storage.write(scores, runs.to_json(result, indent=2) + "\n")
+
+
+def _lasting(result: Mapping[str, Any]) -> Any:
+    """A result as its file has it, but for what differs from time to time."""
+    timed = ("seconds", "tokens_per_second", "run")
+    return json.loads(runs.to_json({k: v for k, v in result.items() if k not in timed}))

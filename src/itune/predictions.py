@@ -119,6 +119,7 @@ Key = tuple[str, int, int, str]
 class Kept:
     """The answers of one model in a file; those that it gave before are known.
 
+    What another model answered, or what is no longer asked, is moved aside and stays (`aside`).
     Of several processes each keeps its answers in a file of its own, the first in the one that
     stays; `settle` brings them together, and so does the next start after one that was stopped.
     """
@@ -131,35 +132,40 @@ class Kept:
         self.path = None if folder is None else folder / name
         self.answers: dict[Key, str] = {}
         self.changed: list[str] = []
+        self.aside: Path | None = None
         self.fresh: dict[Key, str] = {}
         if folder is None or self.path is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.answers, self.changed = sharing.of_first(lambda: self._opened(folder, name, mark))
+        self.answers, self.changed, self.aside = sharing.of_first(
+            lambda: self._opened(folder, name, mark)
+        )
         self.own = _part(self.path, sharing.rank())
 
     def _opened(
         self, folder: Path, name: str, mark: Mapping[str, Any]
-    ) -> tuple[dict[Key, str], list[str]]:
-        """The answers that are known, and what the mark there has otherwise."""
-        path, answers, changed = folder / name, {}, []
+    ) -> tuple[dict[Key, str], list[str], Path | None]:
+        """The answers that are known, what the mark there has otherwise, where its answers went."""
+        path, answers, changed, aside = folder / name, {}, [], None
         marks = runs.read_json(folder / MARKS) if (folder / MARKS).is_file() else {}
         mine = json.loads(runs.to_json(mark))
         parts = _parts(path)
         whole = [line for each in (path, *parts) for line in _whole_lines(each)]
         if marks.get(name) == mine:
             answers = {_key(line): line["prediction"] for line in whole if _is_ours(line)}
-        else:
-            if whole:
-                known = marks.get(name) or {}
-                changed = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
+        elif whole:
+            known = marks.get(name) or {}
+            changed = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
+            aside = spare(path)
+            write(aside, whole)
+            marks[aside.name] = known
             whole = []
         # The lines first: answers that another model gave must never lie beside this mark.
-        storage.write(path, "".join(runs.to_json(line) + "\n" for line in whole))
+        write(path, whole)
         for part in parts:
             part.unlink()
         storage.write(folder / MARKS, runs.to_json({**marks, name: mine}, indent=2) + "\n")
-        return answers, changed
+        return answers, changed, aside
 
     def add(self, task: data.Task, case: data.Case, answer: str) -> None:
         """Keep an answer, on disk at once."""
@@ -182,6 +188,14 @@ class Kept:
             for case in task.cases
             if (answer := self.answer(task, case)) is not None
         ]
+        asked = {_key(line) for line in known}
+        before = _whole_lines(self.path)
+        if any(_is_ours(line) and _key(line) not in asked for line in before):
+            aside = spare(self.path)
+            write(aside, before)
+            marks = runs.read_json(self.path.with_name(MARKS))
+            marks[aside.name] = marks.get(self.path.name)
+            storage.write(self.path.with_name(MARKS), runs.to_json(marks, indent=2) + "\n")
         write(self.path, known)
         for part in _parts(self.path):
             part.unlink()
@@ -190,6 +204,14 @@ class Kept:
         """The answer to a case, where it is known."""
         asked = digest(case, task.template.choices)
         return self.answers.get((task.name, case.row, case.wording, asked))
+
+
+def spare(path: Path) -> Path:
+    """Where a file goes that makes room for another: the first free `scores.old-1.json`."""
+    number = 1
+    while (aside := path.with_name(f"{path.stem}.old-{number}{path.suffix}")).exists():
+        number += 1
+    return aside
 
 
 def _part(path: Path, rank: int) -> Path:

@@ -271,7 +271,8 @@ class Tracking(Record):
     """Where the curves go besides the run's own folder; nowhere unless asked."""
 
     log_with: tuple[Text, ...] = ()
-    """Trackers by the names that Accelerate gives them: tensorboard, trackio, wandb, mlflow."""
+    """Trackers by the names that Accelerate gives them: tensorboard, trackio, wandb, mlflow. They
+    get the curves and, as `final/loss` and so on, the result, but not what `itune eval` finds."""
     project_name: Text = "itune"
     """The project under which the trackers file the run."""
 

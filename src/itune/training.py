@@ -417,7 +417,8 @@ class _Loop:
                 self.row_losses.add(record["step"], record["epoch"], found)
         if self.accelerator.is_main_process:
             self.run.log(record)
-            if self.accelerator.trackers and record["step"] % self.settings.logging_steps == 0:
+            due = record["step"] % self.settings.logging_steps == 0 or "heldout_loss" in record
+            if self.accelerator.trackers and due:
                 values = {k: v for k, v in record.items() if k != "step"}
                 self.accelerator.log(values, step=record["step"])
             self.watcher.step(record)

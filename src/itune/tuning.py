@@ -5,6 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -50,6 +51,20 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: training.Watcher) -> Non
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
         screen.say(line)
     accelerator = jobs.accelerator(recipe, place)
+    with jobs.tracked(accelerator, screen.say):
+        _tuned(recipe, run, screen, accelerator, encoder, corpus, heldout)
+
+
+def _tuned(
+    recipe: recipes.Recipe,
+    run: runs.Run,
+    screen: training.Watcher,
+    accelerator: Accelerator,
+    encoder: encoding.Encoder,
+    corpus: data.Corpus,
+    heldout: data.Corpus | None,
+) -> None:
+    place, settings = models.placement(recipe.model), recipe.training
     launching.check(accelerator)
     doctor.check(recipe, encoder, screen.say)
     files = starting.base_files(recipe, run)
@@ -93,6 +108,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: training.Watcher) -> Non
     if accelerator.is_main_process:
         model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
         finishing.finish(recipe, run, model, encoder, outcome, screen.say)
+        jobs.track_result(accelerator, outcome.steps, asdict(outcome), screen.say)
     accelerator.wait_for_everyone()
 
 

@@ -123,13 +123,16 @@ def test_a_watch_that_was_stopped_itself_blames_nobody(tmp_path: Path) -> None:
     assert world.runs(50, 0, 1) is None
 
 
-@pytest.mark.parametrize(("published", "code"), [((), 3), ((4,), 3), ((4, 8), 75)])
+@pytest.mark.parametrize(
+    ("published", "began", "code"),
+    [((), None, 3), ((4,), None, 3), ((4, 8), None, 75), ((4,), 0, 75)],
+)
 def test_the_code_says_whether_starting_again_gets_further(
-    tmp_path: Path, published: tuple[int, ...], code: int
+    tmp_path: Path, published: tuple[int, ...], began: int | None, code: int
 ) -> None:
     world = World(tmp_path, 2)
-    world.put(0, step=4)
-    world.put(1, step=4)
+    world.put(0, step=4, began=began)
+    world.put(1, step=4, began=began)
     for step in published:
         (tmp_path / "checkpoints" / f"{step:06}").mkdir(parents=True)
     found = world.runs(500)

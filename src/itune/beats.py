@@ -31,6 +31,7 @@ class Beat:
 
     `at_work`: `beats` move whenever a micro-batch is done, so standing still is a fault. Elsewhere
     (loading, a checkpoint) one call of a library may take any time, and only `tick` counts.
+    `began`: steps that were done when the work began, which may be many before the first look.
     """
 
     rank: int = 0
@@ -42,6 +43,7 @@ class Beat:
     step: int = 0
     at_work: bool = False
     waiting: bool = False
+    began: int | None = None
 
 
 class Pulse:
@@ -50,6 +52,7 @@ class Pulse:
     def __init__(self) -> None:
         self._beats = self._met = self._step = 0
         self._at_work = self._waiting = False
+        self._began: int | None = None
 
     def beat(self, step: int | None = None) -> None:
         """Work went on; `step`: that many steps are done."""
@@ -72,6 +75,8 @@ class Pulse:
     def working(self, wanted: bool = True) -> Iterator[None]:
         """Beats come often in this block; or, with False inside of it, they do not."""
         before, self._at_work = self._at_work, wanted
+        if wanted and self._began is None:
+            self._began = self._step
         self._beats += 1
         try:
             yield
@@ -111,7 +116,7 @@ class Pulse:
                 tick += 1
                 beat = Beat(
                     rank, host, os.getpid(), tick, self._beats, self._met, self._step,
-                    self._at_work, self._waiting,
+                    self._at_work, self._waiting, self._began,
                 )  # fmt: skip
                 text = json.dumps({"launch": launch, **asdict(beat)})
                 with contextlib.suppress(OSError):  # tried again; silence is what is told
@@ -194,7 +199,7 @@ class Watch:
                 self._moved[rank] = self._now
             self._seen[rank] = beat
             if beat.at_work and self.began is None:
-                self.began = beat.step
+                self.began = beat.step if beat.began is None else beat.began
 
     def _beat(self, rank: int) -> Beat | None:
         """What a process of this launch wrote; None before, and after it took it away in order."""

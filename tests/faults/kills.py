@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FEWER = ["-s", "training.max_steps=10"]
 LAST = "state.json"  # of a checkpoint's files but the manifest
 LORA = "adapter={peft_type: lora, r: 4, target_modules: all-linear, lora_dropout: 0.1}"
 MIXTURE = (
@@ -48,7 +49,7 @@ data:
   train: [{path: rows.jsonl, template: ./ask.yaml}]
   eval: {path: held.jsonl, template: ./ask.yaml}
 training:
-  {max_steps: 10, tokens_per_step: 150, max_length: 128, save_steps: 1, eval_steps: 5}
+  {max_steps: 12, tokens_per_step: 150, max_length: 128, save_steps: 1, eval_steps: 5}
 """
 ASK = """
 task: qa
@@ -159,7 +160,7 @@ def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: flo
     done = Round()
     while done.kills < kills:
         run = Path(f"killed-{done.runs}")
-        line = [command, "-r", "run.yaml", *options, "-o", str(run), "-q"]
+        line = [command, "-r", "run.yaml", *options, *FEWER, "-o", str(run), "-q"]
         while True:
             fresh, begun = not run.exists(), time.monotonic()
             child = start(line)
@@ -212,7 +213,7 @@ def deal(recipe: str, kills: int, draw: random.Random, model: Path) -> Round:
         with inside(Path(temporary)):
             begun = time.monotonic()
             command, options = RECIPES[recipe]
-            child = start([command, "-r", "run.yaml", *options, "-o", "straight", "-q"])
+            child = start([command, "-r", "run.yaml", *options, *FEWER, "-o", "straight", "-q"])
             _, status = os.waitpid(child, 0)
             if status:
                 sys.exit(Path("stderr.txt").read_text())

@@ -149,6 +149,31 @@ def sentences(n: int) -> list[str]:
     return [" ".join(map(draw.choice, (who, does, what, where))) + "." for _ in range(n)]
 
 
+FRAGMENTS = (
+    "\x1b[31m", "\x1b]8;;http://z\x07", "\x1b]0;title\x07", "\x1bP+q\x1b\\", "\x9b2J", "\r",
+    "\x08", "\u202e", "\u2066", "\u200f", "\ufeff", "\u2028", "\U000e0041", "[bold red]",
+    "[link=http://z]x[/]", "<script>alert(1)</script>", "<img src=x onerror=y>", "<!--", "&lt;",
+    "</pre></article>", "{{ 7 * 7 }}", "`", "```\n", "](http://z)", "|", "\n\n# h\n", "\n---\n",
+    "~~~", "==", "\n    code", "<http://z>", "\\",
+)  # fmt: skip
+
+
+def random_texts(n: int) -> list[str]:
+    """Texts from random bytes, the same at every call; many hold what drives terminals or pages."""
+    draw = random.Random(SEED)
+    made = []
+    for _ in range(n):
+        found = draw.randbytes(draw.randrange(1, 24))
+        text = found.decode(
+            *draw.choice([("latin-1",), ("utf-8", "replace"), ("utf-16", "replace")])
+        )
+        for _ in range(draw.randrange(3)):
+            at = draw.randrange(len(text) + 1)
+            text = text[:at] + draw.choice(FRAGMENTS) + text[at:]
+        made.append(text)
+    return made
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 320 tokens, so that any text can be encoded; no chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

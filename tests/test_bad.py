@@ -4,12 +4,14 @@ The number is the row of the table of bad inputs. A folder holds `expect.yaml` a
 command reads. Its keys: `arguments`, a list; `exit_code`; `says`, regular expressions that standard
 error must match. And where needed: `first`, a command that runs before; `python`, code that makes
 in the folder what cannot be kept as a file; `environment`, variables; `absent`, files that must not
-be there afterwards; `hidden`, words that must be in no output. A tiny model is there as `model`.
+be there afterwards; `hidden`, words that must be in no output; `longest`, how many characters the
+output may have. A tiny model is there as `model`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from conftest import ROOT
 CASES = sorted(path.parent for path in (ROOT / "tests" / "bad").glob("*/expect.yaml"))
 NEEDED = {"arguments", "exit_code", "says"}
 GOING_ON = {"mine/run.json", "mine/log.jsonl", "mine/.lock", "mine/recipe.yaml", "mine/report.html"}
-OTHERS = {"first", "python", "environment", "absent", "hidden"}
+OTHERS = {"first", "python", "environment", "absent", "hidden", "longest"}
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -60,14 +62,17 @@ def test_a_bad_input_is_told(
     for name, value in expected.get("environment", {}).items():
         monkeypatch.setenv(name, value)
     before = tree(tmp_path)
-    ended = cli(*expected["arguments"])
-    if "held" in made:  # a lock
-        made["held"].close()
+    try:
+        ended = cli(*expected["arguments"])
+    finally:
+        if "held" in made:  # a lock, or what is put back
+            made["held"].close()
     assert ended.code == expected["exit_code"], ended.err
     for pattern in expected["says"]:
         assert re.search(pattern, ended.err), f"{pattern!r} is not in {ended.err!r}"
     assert "Traceback" not in ended.err
     assert not [each for each in expected.get("hidden", ()) if each in ended.out + ended.err]
+    assert len(ended.out + ended.err) <= expected.get("longest", math.inf)
     assert not [each for each in expected.get("absent", ()) if Path(each).exists()]
     after = tree(tmp_path)
     for name, digest in before.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from itune import beats, errors
+from itune import beats, errors, launching
 
 LAUNCH = "this one"
 
@@ -56,6 +56,10 @@ def test_a_process_that_does_not_tick_is_named(tmp_path: Path) -> None:
     assert found is not None
     assert (found.beat, found.step, found.stopped) == (world.beats[1], 7, True)
     assert 130 <= world.now <= 150, "within the hundred seconds that are allowed"
+    assert found.seconds == world.now - 50
+    said = str(world.hang._error(found))
+    assert f"did not move at all for {world.now - 50:g} s, after step 7" in said
+    assert "launch.hang_timeout (100 s)" in said
 
 
 def test_one_that_works_on_nothing_is_named_and_not_those_that_wait_for_it(tmp_path: Path) -> None:
@@ -119,13 +123,16 @@ def test_a_watch_that_was_stopped_itself_blames_nobody(tmp_path: Path) -> None:
     assert world.runs(50, 0, 1) is None
 
 
-@pytest.mark.parametrize(("published", "code"), [((), 3), ((4,), 3), ((4, 8), 75)])
+@pytest.mark.parametrize(
+    ("published", "began", "code"),
+    [((), None, 3), ((4,), None, 3), ((4, 8), None, 75), ((4,), 0, 75)],
+)
 def test_the_code_says_whether_starting_again_gets_further(
-    tmp_path: Path, published: tuple[int, ...], code: int
+    tmp_path: Path, published: tuple[int, ...], began: int | None, code: int
 ) -> None:
     world = World(tmp_path, 2)
-    world.put(0, step=4)
-    world.put(1, step=4)
+    world.put(0, step=4, began=began)
+    world.put(1, step=4, began=began)
     for step in published:
         (tmp_path / "checkpoints" / f"{step:06}").mkdir(parents=True)
     found = world.runs(500)
@@ -153,3 +160,29 @@ def test_a_pulse_is_written_while_it_lasts(tmp_path: Path) -> None:
             assert (pulse._waiting, pulse._at_work) == (True, False)
         assert (pulse._waiting, pulse._at_work) == (False, True)
     assert not (tmp_path / beats.FOLDER).exists()
+
+
+@pytest.mark.parametrize(
+    ("launch", "code", "hung", "state"),
+    [
+        (LAUNCH, 3, True, "interrupted"),
+        (LAUNCH, 75, False, "interrupted"),
+        (LAUNCH, 1, False, "failed"),
+        ("another", 3, True, "running"),
+    ],
+)
+def test_what_the_killed_could_not_write_the_launcher_does(
+    launch: str, code: int, hung: bool, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(launching.SUPERVISED, LAUNCH)
+    (tmp_path / "run.json").write_text(
+        json.dumps({"state": "running", "launch": launch, "id": "a"})
+    )
+    hang = beats.Hang(tmp_path, LAUNCH, 2, 100.0)
+    hang.found = errors.EnvironmentRefusal("stands still") if hung else None
+    launching._note(hang, code)
+    assert json.loads((tmp_path / "run.json").read_text())["state"] == state
+    finished = json.dumps({"state": "finished", "launch": launch})
+    (tmp_path / "run.json").write_text(finished)
+    launching._note(hang, code)
+    assert (tmp_path / "run.json").read_text() == finished

@@ -9,10 +9,10 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import sentences
+from conftest import random_texts, sentences
 from markdown_it import MarkdownIt
 
-from itune import cards, origins, recipes, runs
+from itune import cards, contrasts, origins, recipes, runs
 
 Cli = Callable[..., Any]
 TASK = """
@@ -240,3 +240,20 @@ def test_a_number_that_is_none_is_told_as_such(tmp_path: Path) -> None:
 )
 def test_paths_of_the_machine_stay_on_it(path: str, shown: str) -> None:
     assert origins.public(path) == shown
+
+
+def test_no_random_text_is_markup_in_a_card() -> None:
+    texts = random_texts(5000)
+    for start in range(0, len(texts), 100):
+        part = texts[start : start + 100]
+        rows = "".join(f"| {cards.code(text)} | {cards.plain(text)} |\n" for text in part)
+        lines = "".join(f"x {cards.plain(text)} {cards.code(text)} y\n\n" for text in part)
+        body = f"| a | b |\n| --- | --- |\n{rows}\n{lines}"
+        assert {each for each in body if not contrasts.seen(each)} <= {"\n"}
+        parsed = MarkdownIt("commonmark").enable("table").parse(body)
+        assert sum(each.type == "tr_open" for each in parsed) == 101
+        assert sum(each.type == "td_open" for each in parsed) == 200
+        assert sum(each.type == "paragraph_open" for each in parsed) == 100
+        within = [each.type for line in parsed for each in line.children or ()]
+        assert set(within) <= {"text", "text_special", "code_inline"}
+        assert within.count("code_inline") == 200

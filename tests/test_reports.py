@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import random_texts
 from rich import cells
 from test_commands import write
 
@@ -316,3 +317,25 @@ def test_the_terminal_shows_the_rows_that_changed_most_in_80_columns(
     assert max(cells.cell_len(line.rstrip()) for line in out.splitlines()) <= 80
     assert {"(empty)", "short", "+0.123", "-1"} <= set(out.split())
     assert "\x1b" not in out
+
+
+def test_no_random_text_is_markup_on_the_page(tmp_path: Path) -> None:
+    texts, at_once, size = random_texts(5000), 20, 12
+    whole = [" ".join(texts[k : k + at_once]) for k in range(0, len(texts), at_once)]
+    counts = []
+    for start in range(0, len(whole), size):
+        part = (*whole[start : start + size],)
+        part += ("plain",) * (size - len(part))
+        html = reports.render(run_of(tmp_path / str(start), part, label=part[0][:60]))
+        assert {each for each in html if not contrasts.seen(each)} <= {"\n", "\t"}
+        page = Page(html)
+        counts.append(
+            {tag: page.count(tag) for tag in ("article", "p", "pre", "h1", "h2", "style")}
+        )
+        assert not {"script", "img"} & {tag for tag, _ in page.tags}
+        for text in part:
+            assert "".join(contrasts.cut(text).split()) in "".join(page.text.split())
+        assert "http" not in " ".join(
+            str(value) for _, given in page.tags for value in given.values()
+        )
+    assert counts == [counts[0]] * len(counts), "no text begins or ends an element"

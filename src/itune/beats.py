@@ -13,7 +13,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Beat:
 
     `at_work`: `beats` move whenever a micro-batch is done, so standing still is a fault. Elsewhere
     (loading, a checkpoint) one call of a library may take any time, and only `tick` counts.
+    `began`: steps that were done when the work began, which may be many before the first look.
     """
 
     rank: int = 0
@@ -42,6 +43,7 @@ class Beat:
     step: int = 0
     at_work: bool = False
     waiting: bool = False
+    began: int | None = None
 
 
 class Pulse:
@@ -50,6 +52,7 @@ class Pulse:
     def __init__(self) -> None:
         self._beats = self._met = self._step = 0
         self._at_work = self._waiting = False
+        self._began: int | None = None
 
     def beat(self, step: int | None = None) -> None:
         """Work went on; `step`: that many steps are done."""
@@ -72,6 +75,8 @@ class Pulse:
     def working(self, wanted: bool = True) -> Iterator[None]:
         """Beats come often in this block; or, with False inside of it, they do not."""
         before, self._at_work = self._at_work, wanted
+        if wanted and self._began is None:
+            self._began = self._step
         self._beats += 1
         try:
             yield
@@ -111,7 +116,7 @@ class Pulse:
                 tick += 1
                 beat = Beat(
                     rank, host, os.getpid(), tick, self._beats, self._met, self._step,
-                    self._at_work, self._waiting,
+                    self._at_work, self._waiting, self._began,
                 )  # fmt: skip
                 text = json.dumps({"launch": launch, **asdict(beat)})
                 with contextlib.suppress(OSError):  # tried again; silence is what is told
@@ -134,11 +139,15 @@ def interval(seconds: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A process that stands still (None: all of them wait for each other), and after what step."""
+    """A process that stands still (None: all of them wait for each other), and after what step.
+
+    seconds: for how long, as far as was seen.
+    """
 
     beat: Beat | None
     step: int
     stopped: bool
+    seconds: float
 
 
 class Watch:
@@ -190,7 +199,7 @@ class Watch:
                 self._moved[rank] = self._now
             self._seen[rank] = beat
             if beat.at_work and self.began is None:
-                self.began = beat.step
+                self.began = beat.step if beat.began is None else beat.began
 
     def _beat(self, rank: int) -> Beat | None:
         """What a process of this launch wrote; None before, and after it took it away in order."""
@@ -210,16 +219,21 @@ class Watch:
         step = max((beat.step for beat in self._seen.values()), default=0)
         stopped = [beat for rank, beat in self._seen.items() if self._ticked[rank] < late]
         if stopped:
-            return Stuck(min(stopped, key=lambda beat: (beat.met, beat.rank)), step, stopped=True)
+            who = _furthest_behind(stopped)
+            return Stuck(who, step, stopped=True, seconds=self._now - self._ticked[who.rank])
         still = [beat for rank, beat in self._seen.items() if self._moved[rank] < late]
         idle = [beat for beat in still if beat.at_work and not beat.waiting]
-        if idle:
-            return Stuck(min(idle, key=lambda beat: (beat.met, beat.rank)), step, stopped=False)
-        if len(still) == self.world and all(beat.waiting for beat in still):
-            last = min(still, key=lambda beat: (beat.met, beat.rank))
-            alike = len({beat.met for beat in still}) == 1
-            return Stuck(None if alike else last, step, stopped=False)
+        all_wait = len(still) == self.world and all(beat.waiting for beat in still)
+        if idle or all_wait:
+            who = _furthest_behind(idle or still)
+            alike = not idle and len({beat.met for beat in still}) == 1
+            seconds = self._now - self._moved[who.rank]
+            return Stuck(None if alike else who, step, stopped=False, seconds=seconds)
         return None
+
+
+def _furthest_behind(found: Sequence[Beat]) -> Beat:
+    return min(found, key=lambda beat: (beat.met, beat.rank))
 
 
 def _place(beat: Beat) -> tuple[int, int, bool, bool]:
@@ -261,9 +275,10 @@ class Hang:
             how = "did not move at all" if stuck.stopped else "did not get on with its work"
             who = f"process {stuck.beat.rank} of {self.world}{place} {how}"
         text = (
-            f"{self.folder}: {who} for {self.seconds:g} s, after step {stuck.step}, so the run was "
-            "ended. Checkpoints are whole: run the same command again to go on, or raise "
-            "launch.hang_timeout if a single micro-batch takes as long."
+            f"{self.folder}: {who} for {stuck.seconds:.3g} s, after step {stuck.step}, so the run "
+            f"was ended before launch.hang_timeout ({self.seconds:g} s) is over. Checkpoints are "
+            "whole: run the same command again to go on, or raise launch.hang_timeout if a single "
+            "micro-batch takes as long."
         )
         began = self.watch.began
         went_on = began is not None and storage.newest(self.folder / "checkpoints") > began

@@ -275,7 +275,9 @@ def main() -> None:
     except errors.ItuneError as error:
         if error.exit_code == errors.ItuneError.exit_code:
             raise
-        launching.tell("".join(f"error: {line}\n" for line in str(error).splitlines()))
+        launching.tell(
+            "".join(f"error: {errors.inert(line)}\n" for line in str(error).splitlines())
+        )
         sys.exit(error.exit_code)
     except (RuntimeError, MemoryError) as error:
         if memory.is_short(error):

@@ -27,10 +27,11 @@ def visible(text: str) -> str:
 
     Lines, tabs and all kinds of spaces stay.
     """
-    return "".join(each if _seen(each) else ascii(each)[1:-1] for each in text)
+    return "".join(each if seen(each) else ascii(each)[1:-1] for each in text)
 
 
-def _seen(each: str) -> bool:
+def seen(each: str) -> bool:
+    """Whether a character is one that a reader sees, or a space, or joins those beside it."""
     return (
         each.isprintable()
         or each in "\n\t"
@@ -78,7 +79,7 @@ def _shared(words: Sequence[str], others: Sequence[str]) -> list[bool]:
 
 def code(text: object) -> str:
     """A text as code within a line or the cell of a table."""
-    shown = " ".join(cut(str(text), NAMES).split())
+    shown = " ".join(cut(str(text), NAMES).split()) or " "  # two signs alone would be no code
     return f"`{shown.replace('`', chr(39)).replace('|', chr(92) + '|')}`"
 
 

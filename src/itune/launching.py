@@ -10,13 +10,14 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import beats, errors, signals
+from itune import beats, errors, runs, signals
 
 # Set for processes whose launcher is itune itself, to a name of that launch alone.
 SUPERVISED = "ITUNE_SUPERVISED"
@@ -102,7 +103,20 @@ def _supervised(start: Callable[[], None], hang: beats.Hang | None) -> int:
     message is told once.
     """
     with contextlib.nullcontext() if hang is None else hang.watched(_kill_all):
-        return _waited_for(start, hang)
+        code = _waited_for(start, hang)
+    if hang is not None:
+        _note(hang, code)
+    return code
+
+
+def _note(hang: beats.Hang, code: int) -> None:
+    """Have run.json say how a run ended whose processes were killed before they could."""
+    run = runs.Run(hang.folder)
+    with contextlib.suppress(errors.RunError, OSError):  # what ended it has been told already
+        manifest = run.manifest
+        if manifest.get("state") == "running" and manifest.get("launch") == launch_id():
+            stopped = hang.found is not None or code == errors.Interrupted.exit_code
+            run.update(state="interrupted" if stopped else "failed")
 
 
 def _kill_all(hang: beats.Hang) -> None:
@@ -243,6 +257,9 @@ def _end_myself(hang: beats.Hang) -> None:
         if beat.host == socket.gethostname()[:100] and beat.pid != os.getpid():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(beat.pid, signal.SIGKILL)
+    noting = threading.Thread(target=_note, args=(hang, hang.found.exit_code), daemon=True)
+    noting.start()
+    noting.join(TELLING)  # a disk that stands still must not keep this process
     os._exit(hang.found.exit_code)
 
 

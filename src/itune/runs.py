@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import time
 import uuid
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import itune
-from itune import errors, recipes, storage
+from itune import contrasts, errors, recipes, storage
 
 ROOT = Path("runs")
 LOCK = ".lock"
@@ -37,8 +38,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON in which a number that is not finite is its name, as strict readers need."""
-    return json.dumps(_strict(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    """JSON in which a number that is not finite is its name, as strict readers need.
+
+    What is not to be seen is escaped, as controls of a terminal are, which JSON lets stand.
+    """
+    text = json.dumps(_strict(value), ensure_ascii=False, indent=indent, allow_nan=False)
+    return text if text.isprintable() else re.sub(r"[^ -~\n]", _escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0] if contrasts.seen(found[0]) else json.dumps(found[0])[1:-1]
 
 
 def _strict(value: Any) -> Any:

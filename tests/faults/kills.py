@@ -1,11 +1,13 @@
 """Kills real runs at random moments, resumes them, and compares them with one never killed.
 
-    python tests/faults/kills.py --kills 200 [--seed 7] [--recipe NAME ...]
+    python tests/faults/kills.py --kills 200 [--seed 7] [--recipe NAME ...] [--naive]
 
 Each run is a process of its own, forked once the libraries are imported, so that a kill costs less
 than a second. A checkpoint is written after every step, so that many kills land inside a save; a
 round in which fewer than a quarter do is no evidence, and says so. Prints a line a recipe; exit
-code 1 when a resumed run differed in its log or its weights, or needed a human.
+code 1 when a resumed run differed in its log or its weights, or needed a human. `--naive` shows
+that the kills find what they are for: checkpoints are then saved as many programs save them, and
+the code must be 1.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+FEWER = ["-s", "training.max_steps=10"]
+LAST = "state.json"  # of a checkpoint's files but the manifest
 LORA = "adapter={peft_type: lora, r: 4, target_modules: all-linear, lora_dropout: 0.1}"
 MIXTURE = (
     "data.train=[{path: rows.jsonl, template: ./ask.yaml, weight: 1.5}, "
@@ -64,6 +69,39 @@ def prepare(folder: Path, model: Path) -> None:
     (folder / "ask.yaml").write_text(ASK)
     (folder / "run.yaml").write_text(TUNE)
     shutil.copytree(model, folder / "model")
+
+
+def save_naively() -> None:
+    """Have checkpoints written straight into the folder of their final name, without a manifest,
+    at the pace of a model that is not tiny; and the highest step taken for whole."""
+    from itune import checkpoints
+
+    whole_save = checkpoints.save
+
+    def save(folder: Path, state: Any, *, run_id: str, keep: int) -> Path:
+        final = folder / f"{state.step:06d}"
+        final.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=".") as beside:
+            whole = whole_save(Path(beside), state, run_id=run_id, keep=1)
+            for path in [*sorted(whole.glob("*.safetensors")), whole / LAST]:
+                time.sleep(0.01)
+                shutil.copy(path, final)
+        for old in checkpoints.steps(folder)[keep:]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
+        return next(iter(checkpoints.steps(folder)), None), []
+
+    checkpoints.save, checkpoints.latest = save, latest
+    checkpoints.fault = lambda folder, run_id: None
+
+
+def saving(run: Path) -> bool:
+    """Whether a checkpoint is begun and not whole: staged, or a naive one without its last file."""
+    folder = run / "checkpoints"
+    naive = (not (path / LAST).exists() for path in folder.glob("[0-9]*"))
+    return bool(list(folder.glob(".staged*"))) or any(naive)
 
 
 def start(arguments: list[str]) -> int:
@@ -122,11 +160,12 @@ def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: flo
     done = Round()
     while done.kills < kills:
         run = Path(f"killed-{done.runs}")
-        line = [command, "-r", "run.yaml", *options, "-o", str(run), "-q"]
+        line = [command, "-r", "run.yaml", *options, *FEWER, "-o", str(run), "-q"]
         while True:
+            fresh, begun = not run.exists(), time.monotonic()
             child = start(line)
             # Later than it takes to begin, or nothing would ever be saved.
-            deadline = time.monotonic() + draw.uniform(0.2, 0.9) * straight_s
+            deadline = begun + draw.uniform(0.2, 0.9) * straight_s
             aimed, ended = draw.random() < 0.4, 0
             while not ended and (done.kills >= kills or not _due(run, deadline, aimed)):
                 ended, status = os.waitpid(child, os.WNOHANG)
@@ -134,12 +173,14 @@ def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: flo
             if aimed:
                 time.sleep(draw.uniform(0, 0.004))
             if ended:
+                if fresh:  # faster than the first, whose rows no cache had
+                    straight_s = min(straight_s, time.monotonic() - begun)
                 code = os.waitstatus_to_exitcode(status)
                 break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done.kills += 1
-            done.in_a_save += bool(list(run.glob("checkpoints/.staged*")))
+            done.in_a_save += saving(run)
         done.runs += 1
         done.stuck += code != 0
         done.differing += code == 0 and outcome(run) != wanted
@@ -151,7 +192,7 @@ def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: flo
 def _due(run: Path, deadline: float, aimed: bool) -> bool:
     """Whether the moment to kill has come; an aimed kill waits for the next save."""
     late = time.monotonic() >= deadline
-    return late and (not aimed or bool(list(run.glob("checkpoints/.staged*"))))
+    return late and (not aimed or saving(run))
 
 
 @contextlib.contextmanager
@@ -165,13 +206,43 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+def deal(recipe: str, kills: int, draw: random.Random, model: Path) -> Round:
+    """A recipe's kills, in a folder of their own; prints a line of what came of them."""
+    with tempfile.TemporaryDirectory(prefix=f"itune-kills-{recipe}-") as temporary:
+        prepare(Path(temporary), model)
+        with inside(Path(temporary)):
+            begun = time.monotonic()
+            command, options = RECIPES[recipe]
+            child = start([command, "-r", "run.yaml", *options, *FEWER, "-o", "straight", "-q"])
+            _, status = os.waitpid(child, 0)
+            if status:
+                sys.exit(Path("stderr.txt").read_text())
+            done = kill_at_random(recipe, kills, draw, time.monotonic() - begun)
+            said = Path("stderr.txt").read_text() if done.stuck else ""
+    print(
+        f"{recipe}: {done.kills} kills, {done.in_a_save} inside a save, {done.runs} runs, "
+        f"{done.differing} differing, {done.stuck} stuck {said[-400:]}",
+        flush=True,
+    )
+    return done
+
+
+def tiny_model(folder: Path) -> Path:
+    """The tests' own tiny model, made anew."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from conftest import saved
+
+    return saved(folder, "causal")
+
+
 def main() -> int:
     """Reads the command line, deals the kills, prints what came of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="in all, over the recipes")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--recipe", action="append", choices=sorted(RECIPES))
-    parser.add_argument("--model", type=Path, required=True, help="folder of a tiny model")
+    parser.add_argument("--model", type=Path, help="folder of a tiny model; made when not given")
+    parser.add_argument("--naive", action="store_true", help="save as many programs do")
     given = parser.parse_args()
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
@@ -180,35 +251,22 @@ def main() -> int:
 
     from itune import commands, decoding, training  # noqa: F401
 
-    draw, failed, total = random.Random(seed), False, Round()
+    if given.naive:
+        save_naively()
+    draw, total = random.Random(seed), Round()
     names = given.recipe or sorted(RECIPES)
-    for number, recipe in enumerate(names):
-        share = (number + 1) * given.kills // len(names) - number * given.kills // len(names)
-        with tempfile.TemporaryDirectory(prefix=f"itune-kills-{recipe}-") as temporary:
-            prepare(Path(temporary), given.model.resolve())
-            with inside(Path(temporary)):
-                begun = time.monotonic()
-                command, options = RECIPES[recipe]
-                child = start([command, "-r", "run.yaml", *options, "-o", "straight", "-q"])
-                _, status = os.waitpid(child, 0)
-                if status:
-                    print(Path("stderr.txt").read_text())
-                    return 1
-                done = kill_at_random(recipe, share, draw, time.monotonic() - begun)
-                said = Path("stderr.txt").read_text() if done.stuck else ""
-        print(
-            f"{recipe}: {done.kills} kills, {done.in_a_save} inside a save, {done.runs} runs, "
-            f"{done.differing} differing, {done.stuck} stuck {said[-400:]}",
-            flush=True,
-        )
-        for field in vars(total):
-            setattr(total, field, getattr(total, field) + getattr(done, field))
-        failed |= bool(done.differing or done.stuck)
+    with tempfile.TemporaryDirectory(prefix="itune-kills-model-") as folder:
+        model = given.model.resolve() if given.model else tiny_model(Path(folder))
+        for number, recipe in enumerate(names):
+            share = (number + 1) * given.kills // len(names) - number * given.kills // len(names)
+            done = deal(recipe, share, draw, model)
+            for field in vars(total):
+                setattr(total, field, getattr(total, field) + getattr(done, field))
     share_in = total.in_a_save / max(1, total.kills)
     print(f"all: {total.kills} kills, {share_in:.0%} inside a save, {total.runs} runs", flush=True)
     if share_in < 0.25:
         print("fewer than a quarter of the kills landed inside a save: this is no evidence")
-    return int(failed)
+    return int(bool(total.differing or total.stuck))
 
 
 if __name__ == "__main__":

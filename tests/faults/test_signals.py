@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def test_a_process_that_dies_ends_the_others_within_ten_seconds(ready: Path) -> 
     assert process.returncode in (1, 3), said
     assert "process 1" in said or "another process" in said
     assert "Traceback" not in said
+    assert json.loads((ready / "runs/run/run.json").read_text())["state"] != "running"
 
 
 @pytest.mark.slow
@@ -244,7 +246,10 @@ def test_a_process_that_stands_still_is_named_and_ends_the_run(ready: Path, slee
     assert "process 1 of 2" in said
     assert ("did not move at all" in said) != sleeps
     last = json.loads((ready / "runs/run/log.jsonl").read_text().splitlines()[-1])["step"]
-    assert f"for 8 s, after step {last}" in said
+    stood = re.search(rf"for ([0-9.]+) s, after step {last}, .*hang_timeout \(8 s\)", said)
+    assert stood is not None, said
+    assert 0.8 * 8 < float(stood[1]) <= 8, "what was seen is told"
+    assert json.loads((ready / "runs/run/run.json").read_text())["state"] == "interrupted"
     assert "Traceback" not in said
     from itune import checkpoints
 

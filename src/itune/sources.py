@@ -226,6 +226,7 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         content = [cache.digest(each) for each in paths]
         # Kept by what is in the files: `datasets` itself goes by their time of change alone.
         kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
+        cache.use(kept)
         where = {"data_files": {name: [str(each) for each in paths]}, "cache_dir": str(kept)}
     if suffix == ".csv" and paths and (found := files.separator(paths[0])) != ",":
         options["sep"] = found

@@ -367,7 +367,7 @@ def documents(family: str, lengths: list[int], **fields: Any) -> tuple[Any, data
     encoder = families.encoder(family, tokenizer)
     training = recipes.Training(**fields)
     text = " ".join(sentences(400))
-    pieces = [encoder.pieces(text, n)[0] for n in lengths]
+    pieces = [encoder.pieces([text], n)[0][0] for n in lengths]
     plain = data.from_tokens(pieces)
     corpus = dataclasses.replace(plain, plain=(True,))
     objective = objectives.of(encoder, training)

@@ -122,7 +122,7 @@ def test_sources_of_the_hub_are_read_pinned_sliced_and_kept(filled: Hub) -> None
     (script / "script.py").write_text("raise SystemExit(9)\n", encoding="utf-8")
     commit = Repository("datasets", "tiny/reviews", root / "datasets" / "tiny" / "reviews").sha()
     films = [f"film {i} was fine" for i in range(8)]
-    whole, part, pinned, files, stream, short, unnamed, unknown, missing, scripted = read(
+    whole, part, pinned, files, stream, short, unnamed, unknown, missing, scripted, named = read(
         env,
         {"path": "tiny/reviews"},
         {"path": "tiny/reviews", "split": "train[:75%]", "limit": 5},
@@ -134,7 +134,9 @@ def test_sources_of_the_hub_are_read_pinned_sliced_and_kept(filled: Hub) -> None
         {"path": "tiny/reviews", "split": "dev"},
         {"path": "tiny/nobody"},
         {"path": "tiny/script"},
+        {"path": "tiny/reviews", "revision": "main"},
     )
+    assert named == [films, commit]
     assert whole == [films, commit]
     assert part == [films[:5], commit]
     assert pinned == [films, commit]
@@ -152,7 +154,16 @@ def test_sources_of_the_hub_are_read_pinned_sliced_and_kept(filled: Hub) -> None
     assert "Scripts are not run" in scripted[1]
 
     offline = {**env, "HF_HUB_OFFLINE": "1"}
-    again, never = read(offline, {"path": "tiny/reviews"}, {"path": "tiny/never"})
+    again, never, main, other = read(
+        offline,
+        {"path": "tiny/reviews"},
+        {"path": "tiny/never"},
+        {"path": "tiny/reviews", "revision": "main"},
+        {"path": "tiny/reviews", "revision": "v2"},
+    )
+    assert main == [films, commit]
+    assert other[0] == "DataError"
+    assert "revision 'v2' was not loaded here" in other[1]
     assert again == [films, commit]
     assert never[0] == "EnvironmentRefusal"
     assert "cannot be reached" in never[1]

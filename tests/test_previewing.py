@@ -279,10 +279,10 @@ def test_the_name_of_a_long_path_keeps_its_end() -> None:
 def test_what_the_command_would_refuse_is_told(
     folder: Path, tiny_model_dir: Path, cli: Callable[..., Any]
 ) -> None:
-    def shown(train: str, command: str = "tune") -> Any:
+    def shown(train: str, command: str = "tune", *more: str) -> Any:
         text = f"model: {{name: {tiny_model_dir}}}\ndata: {{train: {train}}}\n"
         (folder / "asked.yaml").write_text(text + "training: {max_length: 64}\n")
-        return cli(command, "-r", str(folder / "asked.yaml"), "--preview", "1")
+        return cli(command, "-r", str(folder / "asked.yaml"), "--preview", "1", *more)
 
     lossy = shown("{path: long.jsonl, template: ./long.yaml}")
     assert lossy.code == 0, lossy.err
@@ -294,3 +294,9 @@ def test_what_the_command_would_refuse_is_told(
     streamed = shown("{path: stories.jsonl, format: text, streaming: true}", "pretrain")
     assert streamed.code == 0, streamed.err
     assert "of the first 300 rows read" in streamed.out
+    both = shown(
+        "[{path: stories.jsonl, streaming: true}, {path: stories.jsonl}]", "pretrain", "--json"
+    )
+    counts = json.loads(both.out)["counts"]
+    assert counts["streamed"]
+    assert [each["streamed"] for each in counts["sources"]] == [True, False]

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import shapes
 import transformers
+from conftest import sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itune import chats, encoding, errors, formats
+from itune import chats, encoding, errors, formats, tokenizing
 
 REWRITING = {"qwen3", "thinker"}  # those that show earlier answers otherwise than they were given
 STOPLESS = {"words"}
@@ -313,6 +314,37 @@ def test_a_document_holds_no_control_token_but_its_end(kind: str, data: st.DataO
     assert tokens.ids == [*one.text_ids(text), one.eos_id] == one.document(text)
     if kind in LOSSLESS:
         assert one.tokenizer.decode(tokens.ids[:-1]) == text
+
+
+# Of these the vocabulary has tokens that reach from one word into the next.
+REACHING = {"sp-first", "sp-normalizer"}
+
+
+@every_kind
+def test_a_long_text_in_stretches_has_the_ids_of_the_whole(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = encoder(kind, "chatml")
+    lines = sentences(60)
+    lines[20] = "so it ends <|im_end|> and begins\xa0 again  <unk> [UNK] \n\n x"
+    lines[40] = "Größe über alles 12,345 words of naïve Ωμέγα 日本語 more"
+    text = " ".join(lines)
+    whole = one.texts.texts([text, "a cat"])
+    monkeypatch.setattr(tokenizing, "LONG", 300)
+    stretches = list(one.texts._stretches(text))
+    assert "".join(stretches) == text
+    assert (len(stretches) > 5) == (kind not in REACHING)
+    assert one.texts.texts([text, "a cat"]) == whole
+    assert [held for _, held in whole] == [True, False]
+
+
+def test_documents_together_have_the_tokens_of_each_alone() -> None:
+    one = encoder("byte-bpe", "chatml")
+    texts = ["the cat sat", "a <|im_end|> b", "", " ".join(sentences(5))]
+    assert one.pieces(texts, 7) == [one.pieces([text], 7)[0] for text in texts]
+    for text, pieces in zip(texts, one.pieces(texts, 7), strict=True):
+        assert [id_ for piece in pieces for id_ in piece.ids] == one.document(text)
+        assert all(len(piece.ids) <= 7 and all(piece.supervised) for piece in pieces)
 
 
 def test_a_guarded_row_says_so() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import fcntl
 import gzip
 import json
 import lzma
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -531,6 +533,42 @@ def test_two_processes_do_the_work_once() -> None:
     both = [subprocess.Popen([sys.executable, "-c", TWO, str(k)]) for k in range(2)]
     assert [process.wait(60) for process in both] == [0, 0]
     assert Path("made").read_text() == "x"
+
+
+def test_what_nobody_used_for_a_month_is_removed_when_something_is_made() -> None:
+    def put(name: str, days: float) -> Path:
+        folder = cache.root() / "test" / name
+        folder.mkdir(parents=True)
+        (folder / cache.DONE).write_text("1")
+        when = time.time() - days * 24 * 3600
+        os.utime(folder, (when, when))
+        return folder
+
+    young, old, used, foreign = put("young", 29), put("old", 31), put("used", 31), put("other", 31)
+    cache.entry("test", "used", lambda folder: pytest.fail("it was there"))
+    mark = foreign.with_name(".other.used")
+    with mark.open("a") as other:  # another process at work since long ago
+        fcntl.flock(other, fcntl.LOCK_SH)
+        os.utime(mark, (0, 0))
+        cache.entry("test", "new", lambda folder: 2)
+        assert not old.exists()
+        assert all(each.is_dir() for each in (young, used, foreign))
+    os.utime(used.with_name(".used.used"), (0, 0))  # this process still uses it
+    cache.entry("test", "newer", lambda folder: 3)
+    assert not foreign.exists()
+    assert all(each.is_dir() for each in (young, used, cache.root() / "test" / "new"))
+    assert cache.entry("test", "old", lambda folder: 4)[1] == 4
+
+
+def test_what_is_mapped_while_rows_are_read_is_marked_as_used(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "marked as used"}\n')
+    before = set((cache.root() / "rows").glob(".*.used"))
+    rows_of(str(path))
+    (mark,) = set((cache.root() / "rows").glob(".*.used")) - before
+    os.utime(mark, (0, 0))
+    rows_of(str(path))
+    assert time.time() - mark.stat().st_mtime < cache.UNUSED
 
 
 # --- several processes --------------------------------------------------------------------

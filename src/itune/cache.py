@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 DONE = "done.json"
+UNUSED = 30 * 24 * 3600  # chosen: seconds after which what nobody uses is removed
+HELD = 256  # chosen: marks that a process holds; the system allows it some thousand files
+UNMARKED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP)
+_marks: dict[Path, IO[str]] = {}
 
 
 def root() -> Path:
@@ -32,14 +38,17 @@ def entry(kind: str, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]
     """The folder of a name, and what `make` returned when it filled it (plain data).
 
     `make` is called with an empty folder when there is no whole one yet. Processes that want the
-    same wait for the first, and read what it made; where it died, the next one makes it.
+    same wait for the first, and read what it made; where it died, the next one makes it. Who
+    makes one removes what nobody has used for long.
     """
     folder = root() / kind / name
+    use(folder)
     if not (folder / DONE).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with held(folder.with_name(f".{name}.lock")):
             if not (folder / DONE).is_file():
                 _fill(folder, make)
+                prune()
     return folder, json.loads((folder / DONE).read_text(encoding="utf-8"))
 
 
@@ -54,6 +63,54 @@ def _fill(folder: Path, make: Callable[[Path], Any]) -> None:
         staged.replace(folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def use(folder: Path) -> None:
+    """Mark a folder as used from now on, until this process ends: nobody removes it meanwhile."""
+    mark = _mark(folder)
+    try:
+        if mark not in _marks:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            file = mark.open("a")
+            fcntl.flock(file, fcntl.LOCK_SH)
+            _marks[mark] = file
+        os.utime(_marks[mark].fileno())
+    except OSError as error:  # a cache that may only be read, or knows no locks, has no marks
+        if error.errno not in UNMARKED:
+            raise
+    if len(_marks) > HELD:
+        _marks.pop(next(iter(_marks))).close()
+
+
+def prune() -> None:
+    """Remove what nobody has used for `UNUSED` seconds and no process uses now."""
+    for folder in root().glob("*/*"):
+        if folder.is_dir() and not folder.name.startswith("."):
+            try:
+                _prune(folder)
+            except PermissionError:  # of another user of the same cache, who prunes their own
+                continue
+
+
+def _prune(folder: Path) -> None:
+    mark = _mark(folder)
+    known = mark if mark.exists() else folder  # made before there were marks
+    if known.stat().st_mtime > time.time() - UNUSED:
+        return
+    with mark.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        aside = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill left behind
+        folder.replace(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mark(folder: Path) -> Path:
+    """The file that tells when a folder was last used; it stays, as a lock's file must."""
+    return folder.with_name(f".{folder.name}.used")
 
 
 @contextlib.contextmanager

@@ -313,13 +313,17 @@ class Encoder:
         """Ids of a text to pretrain on: all of it, then the end-of-sequence token."""
         return self.documents([text])[0].ids
 
-    def pieces(self, text: str, longest: int) -> list[Tokens]:
-        """A text to pretrain on in pieces of at most `longest` tokens; the last has its end."""
-        (whole,) = self.documents([text])
+    def pieces(self, texts: Sequence[str], longest: int) -> list[list[Tokens]]:
+        """Each text to pretrain on in pieces of at most `longest` tokens, the first `guarded`."""
+        return [self._parted(*each, longest) for each in self.texts.texts(texts)]
+
+    def _parted(self, ids: list[int], guarded: bool, longest: int) -> list[Tokens]:
+        """The pieces of a text; the last has its end."""
+        whole = [*ids, self.eos_id]
         return [
-            Tokens(part, [True] * len(part), whole.guarded and not first)
-            for first in range(0, len(whole.ids), longest)
-            for part in [whole.ids[first : first + longest]]
+            Tokens(part, [True] * len(part), guarded and not first)
+            for first in range(0, len(whole), longest)
+            for part in [whole[first : first + longest]]
         ]
 
     def documents(self, texts: Sequence[str]) -> list[Tokens]:

@@ -101,9 +101,8 @@ class Pairs(_Apart):
             for answer, ids in zip(answers, self.texts.ids(answers), strict=True)
         ]
 
-    def pieces(self, text: str, longest: int) -> list[encoding.Tokens]:
-        """A document in pieces of at most `longest` tokens, each with its end."""
-        ((ids, guarded),) = self.texts.texts([text])
+    def _parted(self, ids: list[int], guarded: bool, longest: int) -> list[encoding.Tokens]:
+        """The pieces of a text, each with its end."""
         room = max(1, longest - 1)
         parts = [ids[k : k + room] for k in range(0, len(ids), room)]
         return [
@@ -199,9 +198,8 @@ class Cloze(_Apart):
             out.append(encoding.Tokens(whole, supervised, before.guarded))
         return out
 
-    def pieces(self, text: str, longest: int) -> list[encoding.Tokens]:
-        """A document in pieces of at most `longest` tokens, each framed as a text."""
-        ((ids, guarded),) = self.texts.texts([text])
+    def _parted(self, ids: list[int], guarded: bool, longest: int) -> list[encoding.Tokens]:
+        """The pieces of a text, each framed as a text."""
         room = max(1, longest - self.room)
         return [
             self._framed(ids[k : k + room], True, guarded and not k)

@@ -34,6 +34,7 @@ from itune.collecting import Encoded as Encoded
 
 BATCH = 1000
 TEXTS = 100  # rows of plain text may be whole books
+CHARACTERS = 1 << 19  # chosen: of documents that are tokenised together
 # chosen: from here on several processes are worth the time that it takes to start them.
 LARGE = 8 << 20
 LARGE_STREAM = 1_000_000
@@ -248,7 +249,7 @@ class Job:
         (self._documents if self.reading.is_text else self._conversations)(out, batch)
 
     def _documents(self, out: collecting.Out, batch: Sequence[Numbered]) -> None:
-        longest = self.training.max_length
+        waiting: list[tuple[int, str]] = []
         for index, row in batch:
             text = row.get("text")
             if isinstance(text, str) and not text.strip():
@@ -258,7 +259,16 @@ class Job:
             text = cases.placed(self.rows, self.reading, index, row, 0).text or ""
             out.row(text)
             self._note(out, index, text)
-            for piece in self.encoder.pieces(text, longest):
+            waiting.append((index, text))
+            if sum(len(each) for _, each in waiting) > CHARACTERS:
+                self._keep_documents(out, waiting)
+                waiting.clear()
+        self._keep_documents(out, waiting)
+
+    def _keep_documents(self, out: collecting.Out, numbered: Sequence[tuple[int, str]]) -> None:
+        made = self.encoder.pieces([text for _, text in numbered], self.training.max_length)
+        for (index, _), pieces in zip(numbered, made, strict=True):
+            for piece in pieces:
                 out.keep(piece, index, 0, False)
             out.tally.kept += 1
 

@@ -28,10 +28,12 @@ BINS = 16
 
 @dataclass
 class Tally:
-    """What became of the rows looked at, of one source, in one wording of it or in all."""
+    """What became of the rows looked at, of one source, in one wording of it or in all; of a
+    stream (`streamed`) those are among its first rows."""
 
     source: str
     wording: int | None
+    streamed: bool = False
     rows: int = 0
     supervised: int = 0
     truncated: int = 0
@@ -67,13 +69,12 @@ class Tally:
 @dataclass
 class Table:
     """Tallies over a sample of each source: `looked` of `total` rows, which of a stream are those
-    that come first: how many more there are nobody knows (`streamed`)."""
+    that come first: how many more there are nobody knows (`whole.streamed`)."""
 
     looked: int
     total: int
     whole: Tally
     parts: list[Tally]
-    streamed: bool = False
 
     @property
     def edges(self) -> np.ndarray:
@@ -84,12 +85,12 @@ class Table:
 def tally(sources: Sequence[firsts.Rows]) -> Table:
     """Count what became of the rows: of all in a small source, of a sample in a large one."""
     table = Table(0, sum(len(source) for source in sources), Tally("all", None), [])
-    table.streamed = any(source.source.streaming for source in sources)
+    table.whole.streamed = any(source.source.streaming for source in sources)
     names = _names([source.source for source in sources])
     for source, name in zip(sources, names, strict=True):
         sample = _sample(source, max(CHUNK, SAMPLE_ROWS // len(sources)), len(sources))
         table.looked += len(sample)
-        every = Tally(name, None)
+        every = Tally(name, None, source.source.streaming)
         for row in sample:
             every.add(source.known[row])
             table.whole.add(source.known[row])
@@ -113,7 +114,7 @@ def _sample(source: firsts.Rows, count: int, share: int) -> list[int]:
 
 
 def _by_wording(source: firsts.Rows, name: str, sample: Sequence[int]) -> list[Tally]:
-    out = [Tally(name, wording) for wording in range(source.n_wordings)]
+    out = [Tally(name, wording, source.source.streaming) for wording in range(source.n_wordings)]
     visits = range(math.ceil(source.source.weight))
     for row in sample:
         for wording in {source.wording(visit, row) for visit in visits}:
@@ -237,7 +238,8 @@ def _text_of(encoder: encoding.Encoder, ids: Sequence[int], start: int, end: int
 
 
 def counts(table: Table) -> dict[str, Any]:
-    """The table as plain data; `sampled` of `of` rows were looked at."""
+    """The table as plain data; `sampled` of `of` rows were looked at, which are the first of a
+    stream and not all of it where it is `streamed`."""
     edges = table.edges
     return {
         "sampled": table.looked,
@@ -253,6 +255,7 @@ def counts(table: Table) -> dict[str, Any]:
 def _counted(part: Tally, edges: np.ndarray) -> dict[str, Any]:
     least, median, p90, p99, greatest = part.quantiles()
     return {
+        "streamed": part.streamed,
         "rows": part.rows,
         "tokens": part.tokens,
         "supervised": part.supervised,
@@ -294,7 +297,7 @@ def _refused(table: Table, most: float) -> Iterator[str]:
 def _show_table(table: Table, screen: console.Screen) -> None:
     several = len({part.source for part in table.parts}) > 1
     parts = [*table.parts, table.whole] if several else table.parts
-    if table.streamed:
+    if table.whole.streamed:
         title = f"training data, from {table.looked:,} of the first {table.total:,} rows read"
     elif table.looked < table.total:
         title = f"training data, from {table.looked:,} of {table.total:,} rows"

@@ -226,6 +226,7 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         content = [cache.digest(each) for each in paths]
         # Kept by what is in the files: `datasets` itself goes by their time of change alone.
         kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
+        cache.use(kept)
         where = {"data_files": {name: [str(each) for each in paths]}, "cache_dir": str(kept)}
     if suffix == ".csv" and paths and (found := files.separator(paths[0])) != ",":
         options["sep"] = found
@@ -319,6 +320,7 @@ def _hub(source: recipes.Source, split: str) -> Rows:
             text += " Scripts are not run: ask for a version of it in Parquet."
         raise errors.DataError(f"{source.path}: {text}") from error
     commit = _commit(rows, source)
+    _check_revision(source, commit)
     asked = [source.path, source.name, source.model_dump(mode="json")["data_files"], split]
     identity = ["hub", *asked, commit or rows._fingerprint, source.streaming]
     return Rows(source, rows, identity, commit)
@@ -334,6 +336,23 @@ def _commit(rows: Any, source: recipes.Source) -> str | None:
     import huggingface_hub
 
     return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision).sha
+
+
+def _check_revision(source: recipes.Source, commit: str | None) -> None:
+    """Offline `datasets` takes any revision that it has kept. Raises DataError for another one."""
+    import datasets
+
+    if source.revision in (None, commit) or commit is None:
+        return
+    known = cache.root() / "commits" / cache.fingerprint([source.path, source.revision])
+    if not datasets.config.HF_HUB_OFFLINE:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(commit, encoding="utf-8")
+    elif not known.is_file() or known.read_text(encoding="utf-8") != commit:
+        raise errors.DataError(
+            f"{source.path}: revision {source.revision!r} was not loaded here; what is kept is "
+            f"commit {commit}. Go online once, or set revision to that commit."
+        )
 
 
 # --- columns and limits -------------------------------------------------------------------

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+LONG = 1 << 20  # chosen: characters from which on a text is tokenised in stretches
+NEAR = 256  # chosen: characters on each side in which a cut is tried
+TRIES = 1000  # chosen: places to try before the rest of a text stays whole
+# Between two words: only there can a cut be known to change nothing.
+SEAM = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
 class Tokenizing:
@@ -80,10 +88,18 @@ class Tokenizing:
 
     def texts(self, texts: Sequence[str]) -> list[tuple[list[int], bool]]:
         """Ids of each text and whether it held a control string."""
+        whole = iter(self.ids([text for text in texts if len(text) <= LONG]))
         return [
-            (self.bare(text), True) if self.forged(text, ids, ()) else (ids, False)
-            for text, ids in zip(texts, self.ids(texts), strict=True)
+            self._unforged(text, next(whole)) if len(text) <= LONG else self._long(text)
+            for text in texts
         ]
+
+    def _unforged(
+        self, text: str, ids: list[int], *, inner: bool = False
+    ) -> tuple[list[int], bool]:
+        if self.forged(text, ids, ()):
+            return self.bare(text, inner=inner), True
+        return ids, False
 
     def bare(self, text: str, *, inner: bool = False) -> list[int]:
         encoding = self.backend(bare=True, inner=inner).encode(text, add_special_tokens=False)
@@ -95,6 +111,69 @@ class Tokenizing:
                     *self.bare(text[start + 1 :], inner=True),
                 ]
         return list(encoding.ids)
+
+    # --- long texts ------------------------------------------------------------------------
+
+    def _long(self, text: str) -> tuple[list[int], bool]:
+        """As `texts`, a stretch after the other: the library needs 200 bytes for a token."""
+        ids, held = list[int](), False
+        for number, part in enumerate(self._stretches(text)):
+            inner = number > 0
+            some, guarded = self._unforged(part, self.ids([part], inner=inner)[0], inner=inner)
+            ids += some
+            held |= guarded
+        return ids, held
+
+    def _stretches(self, text: str) -> Iterator[str]:
+        """A long text cut where its tokens stay what they are; whole from where that ends."""
+        start = 0
+        while len(text) - start > LONG and (end := self._seam(text, start + LONG)):
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    def _seam(self, text: str, after: int) -> int:
+        """The first place from here on where a text can be cut; 0 where there is none.
+
+        No token of the vocabulary may reach over it, so what is merged on one side never depends
+        on the other; and the text around it, cut there, must have the ids that it has uncut.
+        """
+        if self._reaching:
+            return 0
+        for _, hit in zip(range(TRIES), SEAM.finditer(text, after), strict=False):
+            at = hit.start()
+            left, right = text[max(0, at - self._near) : at], text[at : at + self._near]
+            near = left + right
+            if any(each in near for each in self._watched):
+                continue
+            parts = self.ids([left])[0] + self.ids([right], inner=True)[0]
+            if parts == self.ids([near])[0]:
+                return at
+        return 0
+
+    @functools.cached_property
+    def _watched(self) -> tuple[str, ...]:
+        """The texts of all added tokens, which may take in the space beside them."""
+        return (*self.strings, *filter(None, [self._unknown]))
+
+    @functools.cached_property
+    def _near(self) -> int:
+        return max(NEAR, 2 * max(map(len, self._watched), default=0))
+
+    @functools.cached_property
+    def _reaching(self) -> bool:
+        """Whether a token of the vocabulary reaches from one word into the next."""
+        backend = self.tokenizer.backend_tokenizer
+        probe = "x x"
+        if backend.normalizer is not None:
+            probe = backend.normalizer.normalize_str(probe)
+        if backend.pre_tokenizer is not None:
+            probe = "".join(part for part, _ in backend.pre_tokenizer.pre_tokenize_str(probe))
+        spaces = re.escape("".join(set(probe) - {"x"}))  # as the vocabulary writes them
+        if not spaces:
+            return False
+        over = re.compile(f"[^{spaces}][{spaces}]")
+        return any(over.search(token) for token in backend.get_vocab(with_added_tokens=False))
 
 
 # --- tokenizers that set a space before a text --------------------------------------------------

@@ -284,6 +284,7 @@ def test_an_output_folder_that_is_not_ours_is_left_alone(
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(
     tmp_path: Path, itune: Callable[..., Any], tiny_model_dir: Path
 ) -> None:

@@ -35,6 +35,7 @@ def test_a_compiled_run_gives_the_losses_of_a_plain_one(
     assert kept["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_layers_that_compute_something_else_are_not_used(
     tmp_path: Path, tiny_model_dir: Path, cli: Cli
 ) -> None:

@@ -215,6 +215,7 @@ class Brevity(evaluate.Metric):
 """
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_hub_is_that_of_its_revision(
     hub: Hub, itune: Itune, tmp_path: Path
 ) -> None:

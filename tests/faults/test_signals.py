@@ -162,7 +162,9 @@ def test_a_process_that_dies_ends_the_others_within_ten_seconds(ready: Path) -> 
 @pytest.mark.slow
 def test_runs_started_together_in_one_folder_are_one_run(ready: Path) -> None:
     line = [sys.executable, "-m", "itune", *LINE, "-q"]
-    begun = [subprocess.Popen(line, cwd=ready, stderr=subprocess.PIPE, text=True) for _ in range(10)]
+    begun = [
+        subprocess.Popen(line, cwd=ready, stderr=subprocess.PIPE, text=True) for _ in range(10)
+    ]
     ended = [(process.communicate(timeout=240)[1], process.returncode) for process in begun]
     # Whoever comes while the first trains is refused; whoever comes later finds it complete.
     assert sorted({code for _, code in ended}) in ([0], [0, 3])

@@ -1,8 +1,10 @@
-"""What `itune generate` writes to: its own answers alone, and each of them once."""
+"""What `itune generate` takes for a prompt, and writes: its own answers alone, and each once."""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,3 +76,32 @@ def test_a_broken_input_is_told_with_its_line(line: list[str], tmp_path: Path, c
     ended = cli(*line, "out.jsonl")
     assert ended.code == 2
     assert "in.jsonl:2: not UTF-8, byte 0xfc" in ended.err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["a \udc9b31m"],
+        ["a", "--system", "b \udcff"],
+        ["--template", "sentiment", "--field", "text=\udc80"],
+        ["--input", "in.jsonl", "--output", "out.jsonl"],
+    ],
+    ids=["prompt", "system", "field", "file"],
+)
+def test_a_prompt_that_is_no_text_is_told(
+    given: list[str], tmp_path: Path, tiny_model_dir: Path, cli: Cli
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a \\ud83d b"}\n')
+    ended = cli("generate", "--model", str(tiny_model_dir), *given)
+    assert ended.code == 2, ended.err
+    what = "U+D83D" if "in.jsonl" in given else "not UTF-8, byte 0x"
+    assert what in ended.err
+
+
+def test_standard_input_that_is_no_text_is_told(
+    tiny_model_dir: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a \x9b31m"), "utf-8"))
+    ended = cli("generate", "--model", str(tiny_model_dir), "-")
+    assert ended.code == 2, ended.err
+    assert "standard input: not UTF-8, byte 0x9b at 2" in ended.err

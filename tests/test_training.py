@@ -28,7 +28,7 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
 
     for step in (1, 2, 3, 4):
         checkpoints.save(folder, state(step), run_id="mine", keep=2)
-    assert [p.name for p in checkpoints.steps(folder)] == ["000004", "000003"]
+    assert [p.name for p in storage.numbered(folder)] == ["000004", "000003"]
     found, warnings = checkpoints.latest(folder, "mine")
     assert found == folder / "000004"
     assert not warnings

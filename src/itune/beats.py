@@ -281,5 +281,6 @@ class Hang:
             "micro-batch takes as long."
         )
         began = self.watch.began
-        went_on = began is not None and storage.newest(self.folder / "checkpoints") > began
+        published = storage.numbered(self.folder / "checkpoints")
+        went_on = began is not None and bool(published) and int(published[0].name) > began
         return errors.Interrupted(text) if went_on else errors.EnvironmentRefusal(text)

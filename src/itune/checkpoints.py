@@ -220,20 +220,13 @@ def fault(folder: Path, run_id: str) -> str | None:
     return None
 
 
-def steps(folder: Path) -> list[Path]:
-    """The published checkpoints, the newest step first."""
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: -int(p.name))
-
-
 def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a warning for each newer one passed over.
 
     Raises RunError when there are checkpoints but none is whole: starting anew would lose them.
     """
     warnings: list[str] = []
-    found = steps(folder)
+    found = storage.numbered(folder)
     for path in found:
         why = fault(path, run_id)
         if why is None:
@@ -269,7 +262,7 @@ def _rotate(folder: Path, run_id: str, keep: int) -> None:
 
     One that cannot be removed is left for the next time: the new one is published already.
     """
-    own = [path for path in steps(folder) if _owner(path) == run_id]
+    own = [path for path in storage.numbered(folder) if _owner(path) == run_id]
     for path in own[max(1, keep) :]:
         trash = path.with_name(f".trash-{run_id}-{path.name}")
         try:

@@ -221,7 +221,8 @@ def _generate(common: Common, asked: prompting.Asked, fields: Mapping[str, Any])
     if waiting:
         _answer(common, asked, fields, waiting, finished)
     if common.output is not None:
-        screen.say(f"{len(waiting)} answers written to {common.output}")
+        many = f"{len(waiting)} answers" if len(waiting) != 1 else "1 answer"
+        screen.say(f"{many} written to {common.output}")
 
 
 def _answer(

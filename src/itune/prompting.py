@@ -147,12 +147,22 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
             raise errors.OptionError("--field: for which template? Name it with --template NAME.")
         yield _asked(_fields(asked.fields), "--field", template, asked.system)
     for prompt in asked.prompts:
-        text = sys.stdin.read().strip() if prompt == "-" else prompt
+        text = _standard_input() if prompt == "-" else prompt
         names = ["prompt"] if template is None else sorted(template.columns())
         yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
     if asked.input is not None:
         for number, row in _json_lines(asked.input):
             yield _asked(row, f"{asked.input}:{number}", template, asked.system)
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise errors.DataError(
+            f"standard input: not UTF-8, byte 0x{error.object[error.start]:02x} at {error.start}. "
+            "Convert it with iconv."
+        ) from error
 
 
 def _asked(
@@ -165,7 +175,7 @@ def _asked(
         with located(where):
             turns = list(formats.conversation(row, answered=False).messages)
         own = turns[0].role == "system"  # a row's own goes before that of the command line
-        return Conversation(turns[-1].content, turns if own else [*first, *turns], where)
+        return _readable(turns[-1].content, turns if own else [*first, *turns], where)
     with located(where):
         prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -177,7 +187,15 @@ def _asked(
         raise errors.DataError(f"{where}: no prompt. {cure}")
     if template and template.system and not first:
         first = [formats.Message("system", template.system)]
-    return Conversation(prompt, [*first, formats.Message("user", prompt)], where)
+    return _readable(prompt, [*first, formats.Message("user", prompt)], where)
+
+
+def _readable(prompt: str, messages: list[formats.Message], where: str) -> Conversation:
+    from itune import formats
+
+    with located(where):
+        formats.refuse_unreadable(each.content for each in messages)
+    return Conversation(prompt, messages, where)
 
 
 def _fields(given: Sequence[str]) -> dict[str, str]:

@@ -63,7 +63,7 @@ def rehearse(
     Raises EnvironmentRefusal where disk or trackers refuse, Diverged where the loss is not finite,
     UserError where answers cannot be made or scored.
     """
-    begun = bool(checkpoints.steps(run.checkpoints))
+    begun = bool(storage.numbered(run.checkpoints))
     tried = []
     with _undisturbed(job.model):
         if accelerator.is_main_process:
@@ -137,7 +137,7 @@ def _refuse_little_room(
     recipe: recipes.Recipe, run: runs.Run, job: jobs.Job, checkpoint: int
 ) -> None:
     settings = recipe.training
-    there = checkpoints.steps(run.checkpoints)
+    there = storage.numbered(run.checkpoints)
     left = len(job.plan) - (int(there[0].name) if there else 0)
     saves = math.ceil(left / plans.share_or_count(settings.save_steps, len(job.plan)))
     # One more than are kept: the oldest goes when the newest is whole.

@@ -68,14 +68,29 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What run.json says: state, versions, seed, hardware, tokens, seconds and more."""
-        return read_json(self.dir / "run.json")
+        """What run.json says: state, versions, seed, hardware, tokens, seconds and more.
+
+        Raises RunError when it is damaged.
+        """
+        found = read_json(self.dir / "run.json")
+        for name in ("state", "command", "id"):
+            if not isinstance(found.get(name), str):
+                raise errors.RunError(
+                    f"{self.dir / 'run.json'}: is damaged, it has no {name}. Put it back from a "
+                    "copy, or move the run aside with --fresh."
+                )
+        return found
 
     @property
     def recipe(self) -> recipes.Recipe:
-        """The resolved recipe that the run was made by."""
-        text = (self.dir / "recipe.yaml").read_text(encoding="utf-8")
-        return recipes.loads(text, str(self.dir / "recipe.yaml"))
+        """The resolved recipe that the run was made by. Raises RunError when it is not there."""
+        path = self.dir / "recipe.yaml"
+        if not path.is_file():
+            raise errors.RunError(
+                f"{path}: is missing from this run. Put it back from a copy, or move the run aside "
+                "with --fresh."
+            )
+        return recipes.loads(path.read_text(encoding="utf-8"), str(path))
 
     @property
     def model_dir(self) -> Path:
@@ -106,22 +121,47 @@ class Run:
             file.write(to_json(record) + "\n")
 
     def log_lines(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; one that a kill tore at the end is left out."""
+        """The lines of log.jsonl; what a kill tore at its end is left out.
+
+        Raises RunError for a line that is damaged before others that are not.
+        """
         path = self.dir / "log.jsonl"
         if not path.is_file():
             return []
-        lines = []
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return lines
+        found = [_record(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        while found and found[-1] is None:
+            found.pop()
+        whole = [line for line in found if line is not None]
+        if len(whole) < len(found):
+            raise errors.RunError(
+                f"{path}: line {found.index(None) + 1} is damaged. Put the file back from a copy, "
+                "or move the run aside with --fresh."
+            )
+        return whole
 
     def cut_log(self, step: int) -> None:
-        """Take the lines after a step out: they were logged, then lost with a kill."""
+        """Take the lines after a step out: they were logged, then lost with a kill.
+
+        Raises RunError where a step up to it has no line, and leaves the file as it is.
+        """
         kept = [line for line in self.log_lines() if line["step"] <= step]
+        for number, line in enumerate([*kept, None][:step], 1):
+            if line is None or line["step"] != number:
+                raise errors.RunError(
+                    f"{self.dir / 'log.jsonl'}: step {number} is missing, and the checkpoint is of "
+                    f"step {step}. Put the file back from a copy, or move the run aside with "
+                    "--fresh."
+                )
         storage.write(self.dir / "log.jsonl", "".join(to_json(line) + "\n" for line in kept))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line of the log, or None where it is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 # --- opening ------------------------------------------------------------------------------
@@ -259,7 +299,15 @@ def locked(run: Run) -> Iterator[None]:
     """Hold a run's folder alone. Raises EnvironmentRefusal naming who holds it."""
     import fcntl
 
-    with (run.dir / LOCK).open("a+", encoding="utf-8") as file:
+    moved = errors.EnvironmentRefusal(
+        f"{run.dir}: was moved aside by another process just now. Run the same command again."
+    )
+    path = run.dir / LOCK
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except FileNotFoundError as error:
+        raise moved from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -268,6 +316,9 @@ def locked(run: Run) -> Iterator[None]:
                 f"{run.dir}: in use by {file.read().strip() or 'another process'}. Wait for it, "
                 "or choose another folder with --output."
             ) from error
+        held = os.fstat(file.fileno())
+        if not path.is_file() or not os.path.samestat(held, path.stat()):
+            raise moved
         file.truncate(0)
         since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}")

@@ -74,7 +74,8 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def newest(folder: Path) -> int:
-    """The step of the newest checkpoint that was published in a folder; -1 without any."""
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return max((int(name) for name in names if name.isdigit()), default=-1)
+def numbered(folder: Path) -> list[Path]:
+    """What a folder holds whose name is a number, such as checkpoints, the highest first."""
+    held = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in held if path.name.isascii() and path.name.isdigit()]
+    return sorted(found, key=lambda path: -int(path.name))

@@ -74,7 +74,7 @@ def prepare(folder: Path, model: Path) -> None:
 def save_naively() -> None:
     """Have checkpoints written straight into the folder of their final name, without a manifest,
     at the pace of a model that is not tiny; and the highest step taken for whole."""
-    from itune import checkpoints
+    from itune import checkpoints, storage
 
     whole_save = checkpoints.save
 
@@ -86,12 +86,12 @@ def save_naively() -> None:
             for path in [*sorted(whole.glob("*.safetensors")), whole / LAST]:
                 time.sleep(0.01)
                 shutil.copy(path, final)
-        for old in checkpoints.steps(folder)[keep:]:
+        for old in storage.numbered(folder)[keep:]:
             shutil.rmtree(old)
         return final
 
     def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
-        return next(iter(checkpoints.steps(folder)), None), []
+        return next(iter(storage.numbered(folder)), None), []
 
     checkpoints.save, checkpoints.latest = save, latest
     checkpoints.fault = lambda folder, run_id: None

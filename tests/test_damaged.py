@@ -1,0 +1,101 @@
+"""A run's folder that something damaged: told in one line, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import folder_with, losses_of
+
+from itune import errors, runs
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path, tiny_model_dir: Path, cli: Cli) -> Path:
+    """A run with all its steps and checkpoints that has yet to say that it is finished."""
+    folder_with(tmp_path, tiny_model_dir)
+    assert cli("tune", "-r", "tune.yaml").code == 0
+    manifest = json.loads((tmp_path / "runs/tune/run.json").read_text())
+    manifest["state"] = "running"
+    (tmp_path / "runs/tune/run.json").write_text(json.dumps(manifest))
+    return tmp_path / "runs/tune"
+
+
+def test_a_log_is_cut_at_its_torn_end_alone(unfinished: Path, cli: Cli) -> None:
+    log = unfinished / "log.jsonl"
+    whole = log.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for spoilt in (b"X" + lines[2][1:], b"3\n", b"\xff\n", b""):
+        damaged = b"".join([*lines[:2], spoilt, *lines[3:]])
+        log.write_bytes(damaged)
+        ended = cli("tune", "-r", "tune.yaml")
+        assert ended.code == 2, ended.err
+        assert "log.jsonl" in ended.err
+        assert "line 3" in ended.err or "step 3" in ended.err
+        assert "Traceback" not in ended.err
+        assert log.read_bytes() == damaged
+    wanted = [json.loads(line)["loss"] for line in lines]
+    log.write_bytes(whole + b'{"step": 13, "lo')
+    assert cli("tune", "-r", "tune.yaml").code == 0
+    assert [loss for _, loss, _ in losses_of(unfinished)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{}", "has no state"), ('{"state": 3, "command": "tune", "id": "a"}', "has no state")],
+)
+def test_a_manifest_without_its_state_is_damaged(
+    content: str, said: str, unfinished: Path, cli: Cli
+) -> None:
+    (unfinished / "run.json").write_text(content)
+    for command in (["tune", "-r", "tune.yaml"], ["eval", "--run"], ["generate", "hi", "--run"]):
+        ended = cli(*command, *(["runs/tune"] if command[-1] == "--run" else []))
+        assert ended.code == 2, ended.err
+        assert "run.json" in ended.err
+        assert said in ended.err
+    assert cli("tune", "-r", "tune.yaml", "--fresh").code == 0
+    assert (unfinished.with_name("tune.old-1") / "log.jsonl").is_file()
+
+
+def test_a_run_without_its_recipe_says_so(unfinished: Path, cli: Cli) -> None:
+    (unfinished / "recipe.yaml").unlink()
+    ended = cli("tune", "-r", "tune.yaml")
+    assert ended.code == 2, ended.err
+    assert "recipe.yaml: is missing" in ended.err
+
+
+def test_other_folders_among_the_checkpoints_are_passed_over(unfinished: Path, cli: Cli) -> None:
+    for name in ("²", "٣", "notes"):
+        (unfinished / "checkpoints" / name).mkdir()
+    ended = cli("tune", "-r", "tune.yaml")
+    assert ended.code == 0, ended.err
+    assert "resuming after step 12 of 12" in ended.err
+
+
+def test_a_lock_on_a_folder_that_was_moved_aside_holds_nothing(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real, moved = runs.Run(unfinished), fcntl.flock, unfinished.with_name("moved")
+
+    def slow(file: Any, how: int) -> None:
+        """Another start with --fresh comes between the opening of the lock and the lock."""
+        if not moved.exists():
+            unfinished.replace(moved)
+            shutil.copytree(moved, unfinished)
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with pytest.raises(errors.EnvironmentRefusal, match="moved aside"), runs.locked(run):
+        pass
+    with runs.locked(run):
+        pass
+    shutil.rmtree(unfinished)
+    with pytest.raises(errors.EnvironmentRefusal, match="moved aside"), runs.locked(run):
+        pass

@@ -176,13 +176,13 @@ def test_what_the_killed_could_not_write_the_launcher_does(
 ) -> None:
     monkeypatch.setenv(launching.SUPERVISED, LAUNCH)
     (tmp_path / "run.json").write_text(
-        json.dumps({"state": "running", "launch": launch, "id": "a", "command": "tune"})
+        json.dumps({"state": "running", "launch": launch, "id": "a"})
     )
     hang = beats.Hang(tmp_path, LAUNCH, 2, 100.0)
     hang.found = errors.EnvironmentRefusal("stands still") if hung else None
     launching._note(hang, code)
     assert json.loads((tmp_path / "run.json").read_text())["state"] == state
-    finished = json.dumps({"state": "finished", "launch": launch, "id": "a", "command": "tune"})
+    finished = json.dumps({"state": "finished", "launch": launch})
     (tmp_path / "run.json").write_text(finished)
     launching._note(hang, code)
     assert (tmp_path / "run.json").read_text() == finished

@@ -68,18 +68,8 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What run.json says: state, versions, seed, hardware, tokens, seconds and more.
-
-        Raises RunError when it is damaged.
-        """
-        found = read_json(self.dir / "run.json")
-        for name in ("state", "command", "id"):
-            if not isinstance(found.get(name), str):
-                raise errors.RunError(
-                    f"{self.dir / 'run.json'}: is damaged, it has no {name}. Put it back from a "
-                    "copy, or move the run aside with --fresh."
-                )
-        return found
+        """What run.json says: state, versions, seed, hardware, tokens, seconds and more."""
+        return read_json(self.dir / "run.json")
 
     @property
     def recipe(self) -> recipes.Recipe:
@@ -186,6 +176,8 @@ def opened(
     """
     run = Run(recipe.output.dir)
     _refuse_foreign(run)
+    if not fresh and (run.dir / "run.json").is_file():
+        _refuse_damaged(run)
     # What failed before its first step, in its data say, is in nobody's way once it is mended.
     fresh = fresh or (run.untried and not _same(run, recipe, command))
     if not fresh and (run.dir / "run.json").is_file():
@@ -209,6 +201,17 @@ def opened(
         if state != "finished":
             run.update(launch=launch)
         yield run, state
+
+
+def _refuse_damaged(run: Run) -> None:
+    """Refuse a run.json without what every run has in it."""
+    manifest = run.manifest
+    for name in ("state", "command", "id"):
+        if not isinstance(manifest.get(name), str):
+            raise errors.RunError(
+                f"{run.dir / 'run.json'}: is damaged, it has no {name}. Put it back from a copy, "
+                "or move the run aside with --fresh."
+            )
 
 
 def _same(run: Run, recipe: recipes.Recipe, command: str) -> bool:
@@ -354,6 +357,7 @@ def find(folder: Path) -> Run:
             f"{', '.join(str(run.dir) for run in known()) or 'none'}."
         )
     run = Run(folder)
+    _refuse_damaged(run)
     if run.manifest["state"] != "finished":
         raise errors.RunError(
             f"{folder}: this run is {run.manifest['state']}, not finished. "

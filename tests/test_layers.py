@@ -73,6 +73,7 @@ ORDER = (
     "sizing",
     "rowlosses",
     "timing",
+    "watching",
     "training",
     "slots",
     "picking",

@@ -111,3 +111,37 @@ def test_where_one_of_two_processes_runs_short_both_take_smaller_batches(
     assert [step for step, _, _ in short] == [1, 2, 3, 4, 5]
     for ours, theirs in zip(short, wanted, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", ["several", "one"])
+def test_memory_that_runs_out_in_a_later_visit_of_hidden_tokens(
+    rows: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pre.yaml").write_text(
+        "model: {from_scratch: {model_type: bert, hidden_size: 16, num_hidden_layers: 1,"
+        " num_attention_heads: 2, intermediate_size: 16,"
+        " tokenizer: {algorithm: wordpiece, vocab_size: 120}}}\n"
+        "data: {train: {path: rows.jsonl}}\n"
+        "training: {num_train_epochs: 4, tokens_per_step: 64, max_length: 64}\n"
+    )
+    lines = [json.dumps({"text": f"the cat number {k} sits on the mat"}) + "\n" for k in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    real, calls = losses.summed, []
+
+    def summed(model: Any, batch: Any, **given: Any) -> Any:
+        loss = real(model, batch, **given)
+        short = len(batch.lengths) > 1 if rows == "several" else True
+        calls.append(model.training)
+        if model.training and sum(calls) > 4 and short:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    monkeypatch.setattr(losses, "summed", summed)
+    ended = cli("pretrain", "-r", "pre.yaml")
+    if rows == "several":
+        assert ended.code == 0, ended.err
+        assert "does not fit the memory" in ended.err
+    else:
+        assert ended.code == 3, ended.err
+        assert "rows.jsonl row " in ended.err
+        assert "alone do not fit the memory" in ended.err

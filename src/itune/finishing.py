@@ -29,7 +29,7 @@ from itune import (
     reports,
     runs,
     storage,
-    training,
+    watching,
 )
 
 Say = Callable[[str], None]
@@ -72,7 +72,7 @@ def finish(
     run: runs.Run,
     model: Any,
     encoder: encoding.Encoder,
-    outcome: training.Outcome,
+    outcome: watching.Outcome,
     say: Say,
 ) -> None:
     """Write the model, say that the run is finished, and merge where that is asked for.

@@ -77,6 +77,15 @@ class Plan:
             parts.append(self._order(epoch)[max(0, start - begin) : end - begin])
         return np.concatenate(parts)
 
+    def cost(self, rows: np.ndarray) -> int:
+        """The tokens that examples take in one micro-batch, padding among them where there is."""
+        lengths = self.lengths[rows]
+        return int(lengths.max()) * len(lengths) if self.padded else int(lengths.sum())
+
+    def half(self, rows: np.ndarray) -> int:
+        """Half of what a micro-batch that did not fit has, in tokens; 0 where it is one row."""
+        return 0 if len(rows) == 1 else max(1, min(self.cost(rows), self.micro_batch_tokens) // 2)
+
     def step(self, step: int) -> Step:
         """Step `step` (from 0), shared over the ranks and cut into micro-batches."""
         rows = self.rows(step)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from itune import batches, errors, gradients, jobs, losses, memory, optimizers, recipes, runs
@@ -49,34 +50,42 @@ def _tried(job: jobs.Job, settings: recipes.Training, accelerator: Accelerator) 
     kept = trained + optimizers.state_bytes(job.model, settings)  # gradients and moments, to come
     rows = plan.rows(0)
     rows = rows[(-plan.lengths[rows]).argsort(kind="stable")]
-    limit = plan.micro_batch_tokens
     while True:
+        limit = plan.micro_batch_tokens
         first = batches.micro_batches(rows, plan.lengths, limit, padded=plan.padded)[0]
-        cost = _cost(plan.lengths[first], padded=plan.padded)
         try:
             took = _took(job, first, accelerator) - trained
             break
         except (RuntimeError, MemoryError) as error:
             if not memory.is_short(error):
                 raise
+            why = memory.told(error)
         memory.free()
-        if len(first) == 1:
-            raise errors.EnvironmentRefusal(
-                f"training.max_length: a row of {cost:,} tokens alone does not fit the memory of "
-                f"{device}. Lower it ({settings.max_length}), set training.gradient_checkpointing, "
-                "or train an adapter."
-            )
-        limit = max(1, min(cost, limit) // 2)
+        half = plan.half(first)
+        if not half:
+            raise errors.EnvironmentRefusal(alone(job, int(first[0]), settings, device, why))
+        plan = replace(plan, micro_batch_tokens=half)
+    cost = plan.cost(first)
     free = memory.left(device) or 0
     room = SHARE * free - kept
     most = -(-settings.tokens_per_step // plan.world)
     held = int(room * cost / max(took, 1))
-    why = f"{cost:,} took {took / 1e9:.2f} GB of the {free / 1e9:.1f} GB that are free"
-    return max(1, min(most, held)), why
+    found = f"{cost:,} took {took / 1e9:.2f} GB of the {free / 1e9:.1f} GB that are free"
+    return max(1, min(most, held)), found
 
 
-def _cost(lengths: np.ndarray, *, padded: bool) -> int:
-    return int(lengths.max()) * len(lengths) if padded else int(lengths.sum())
+def alone(
+    job: jobs.Job, row: int, settings: recipes.Training, device: torch.device, why: str
+) -> str:
+    """What the user is told of a row that does not fit the memory alone."""
+    corpus = job.corpus
+    row %= len(corpus)  # each visit of an example that changes has a number of its own
+    path = corpus.sources[int(corpus.source[row])].path
+    return (
+        f"{path} row {int(corpus.row[row]) + 1}: its {int(corpus.lengths[row]):,} tokens alone do "
+        f"not fit the memory of {device} ({why}). Lower training.max_length "
+        f"({settings.max_length}), set training.gradient_checkpointing, or train an adapter."
+    )
 
 
 def _took(job: jobs.Job, rows: np.ndarray, accelerator: Accelerator) -> int:

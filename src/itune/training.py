@@ -9,9 +9,9 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,46 +33,13 @@ from itune import (
     rowlosses,
     runs,
     signals,
+    sizing,
     storage,
     timing,
+    watching,
 )
 
 MAX_BAD_STEPS = 3
-
-
-class Watcher(Protocol):
-    """Whoever shows how a run goes."""
-
-    def begin(self, steps: int, tokens: int, done_steps: int, done_tokens: int) -> None:
-        """The run starts, or goes on after `done_steps`."""
-
-    def step(self, record: dict[str, Any]) -> None:
-        """One step is done; the record is its line of the log."""
-
-    def say(self, text: str) -> None:
-        """A sentence for the user."""
-
-    def end(self) -> None:
-        """No more steps follow."""
-
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table for the user."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How training ended. Losses are in nats a token; seconds are of training alone.
-
-    `waited`: seconds of them in which a step had to wait for its rows.
-    """
-
-    steps: int
-    tokens: int
-    supervised_tokens: int
-    seconds: float
-    waited: float
-    loss: float
-    heldout_loss: float | None
 
 
 # --- the loop -----------------------------------------------------------------------------
@@ -97,8 +64,8 @@ def fit(
     settings: recipes.Training,
     run: runs.Run,
     accelerator: Accelerator,
-    watcher: Watcher,
-) -> Outcome:
+    watcher: watching.Watcher,
+) -> watching.Outcome:
     """Train through the plan, from the newest checkpoint on if there is one.
 
     Step k's loss is the sum over its targets on all ranks and micro-batches, divided by their
@@ -121,7 +88,7 @@ class _Loop:
         settings: recipes.Training,
         run: runs.Run,
         accelerator: Accelerator,
-        watcher: Watcher,
+        watcher: watching.Watcher,
     ) -> None:
         self.settings, self.run, self.accelerator, self.watcher = (
             settings,
@@ -306,7 +273,7 @@ class _Loop:
             except (RuntimeError, MemoryError) as error:
                 if not memory.is_short(error):
                     raise
-                wanted, why = self._half(), memory.told(error)
+                wanted, why = self.job.plan.half(self.rows), memory.told(error)
             # Only here, when the failed attempt and what it held are let go of.
             limit = gradients.least(wanted, self.accelerator)
             if limit == planned:
@@ -326,14 +293,6 @@ class _Loop:
             self.feed.restart(self.job.plan, self.at.step)
             step, planned = self.feed.step(), limit
 
-    def _half(self) -> int:
-        """Half of what the micro-batch at hand costs, in tokens; 0 when it is one row."""
-        lengths = self.job.corpus.lengths[self.rows]
-        if len(lengths) == 1:
-            return 0
-        cost = int(lengths.max()) * len(lengths) if self.job.plan.padded else int(lengths.sum())
-        return max(1, min(cost, self.job.plan.micro_batch_tokens) // 2)
-
     def _take_smaller(self, limit: int) -> None:
         if limit:
             self.at.micro_batch_tokens = limit
@@ -341,16 +300,8 @@ class _Loop:
 
     def _refuse_row(self, why: str) -> None:
         """Raise for the row that does not fit alone, the same on every rank."""
-        said = []
-        if why:
-            row, corpus = int(self.rows[0]), self.job.corpus
-            path = corpus.sources[int(corpus.source[row])].path
-            said = [
-                f"{path} row {int(corpus.row[row]) + 1}: its {int(corpus.lengths[row]):,} tokens "
-                f"alone do not fit the memory of {self.accelerator.device} ({why}). Lower "
-                f"training.max_length ({self.settings.max_length}), set "
-                "training.gradient_checkpointing, or train an adapter."
-            ]
+        row, device = int(self.rows[0]), self.accelerator.device
+        said = [sizing.alone(self.job, row, self.settings, device, why)] if why else []
         raise errors.EnvironmentRefusal(_gathered(said)[0])
 
     def _gradients(self, step: plans.Step) -> torch.Tensor:
@@ -423,12 +374,12 @@ class _Loop:
                 self.accelerator.log(values, step=record["step"])
             self.watcher.step(record)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> watching.Outcome:
         """How it went, from the log: the same for an interrupted and a straight run."""
         lines = self.run.log_lines()
         tail = lines[-max(1, len(lines) // 20) :]
         finite = [line["loss"] for line in tail if isinstance(line["loss"], float)]
-        return Outcome(
+        return watching.Outcome(
             steps=self.at.step,
             tokens=self.at.tokens,
             supervised_tokens=self.at.supervised_tokens,

@@ -32,10 +32,11 @@ from itune import (
     sizing,
     starting,
     training,
+    watching,
 )
 
 
-def tune(recipe: recipes.Recipe, run: runs.Run, screen: training.Watcher) -> None:
+def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> None:
     """Train what a recipe says, from where the run's folder stands, to a model in it.
 
     Every process calls it. Raises what its parts raise: UserError for what the recipe, the data or
@@ -58,7 +59,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: training.Watcher) -> Non
 def _tuned(
     recipe: recipes.Recipe,
     run: runs.Run,
-    screen: training.Watcher,
+    screen: watching.Watcher,
     accelerator: Accelerator,
     encoder: encoding.Encoder,
     corpus: data.Corpus,
@@ -119,7 +120,7 @@ def _model(
     corpus: data.Corpus,
     place: models.Placement,
     accelerator: Accelerator,
-    screen: training.Watcher,
+    screen: watching.Watcher,
 ) -> Any:
     """The model with its adapter, in what it computes in, and what speaks against it said."""
     first, tokenizer = accelerator.is_main_process, encoder.tokenizer

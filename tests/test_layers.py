@@ -50,6 +50,7 @@ ORDER = (
     "collecting",
     "spreading",
     "preparing",
+    "joining",
     "data",
     "samples",
     "batches",

@@ -22,7 +22,18 @@ import numpy as np
 import pyarrow
 import pytest
 
-from itune import cache, cases, data, encoding, errors, formats, launching, preparing, recipes
+from itune import (
+    cache,
+    cases,
+    data,
+    encoding,
+    errors,
+    formats,
+    joining,
+    launching,
+    preparing,
+    recipes,
+)
 from itune import sources as sources_
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(6)]
@@ -272,7 +283,7 @@ def test_a_mixture_is_seen_by_its_weights_and_gives_each_example_whole(
 ) -> None:
     one, other = written("a.jsonl", ROWS[:4]), written("b.jsonl", ROWS[4:])
     both = data.corpus([source(one), source(other, weight=4)], encoder, training())
-    assert isinstance(both.ids, data.Joined)
+    assert isinstance(both.ids, joining.Joined)
     for part, first in ((one, 0), (other, 4)):
         alone = data.corpus([source(part)], encoder, training())
         for k in range(len(alone)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -390,12 +389,3 @@ class Answerer:
 def _key(case: data.Case) -> int:
     """The same for a row and its wording wherever it is asked: what its draws follow from."""
     return case.row * MOST_WORDINGS + case.wording
-
-
-def free() -> None:
-    """Give back the memory of models that were let go of."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

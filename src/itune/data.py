@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from itune import cache, cases, encoding, errors, orders, preparing, recipes, sources, templates
+from itune import (
+    cache,
+    cases,
+    encoding,
+    errors,
+    joining,
+    orders,
+    preparing,
+    recipes,
+    sources,
+    templates,
+)
 from itune.cases import Case as Case
 from itune.cases import Task as Task
 from itune.cases import is_text as is_text
@@ -55,35 +66,6 @@ class Report:
     rows: str = ""
     notes: tuple[str, ...] = ()
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
-
-
-class Joined:
-    """Several arrays, each mapped from its file, seen as one; only what is asked for is copied."""
-
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
-        self.parts = list(parts)
-        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
-        self.dtype = self.parts[0].dtype
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, wanted: Any) -> Any:
-        if not isinstance(wanted, slice) or wanted.step not in (None, 1):
-            return np.asarray(self)[wanted]
-        start, end, _ = wanted.indices(len(self))
-        part = int(np.searchsorted(self.starts, start, "right")) - 1
-        if start < end <= self.starts[part + 1]:
-            return self.parts[part][start - self.starts[part] : end - self.starts[part]]
-        return np.asarray(self)[wanted]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        whole = np.concatenate(self.parts)
-        return whole if dtype is None else whole.astype(dtype)
-
-    def max(self) -> Any:
-        """The largest of all."""
-        return max(part.max() for part in self.parts if len(part))
 
 
 @dataclass(frozen=True)
@@ -256,8 +238,8 @@ def corpus(
     lengths = np.concatenate([part.column("length") for part in parts])
     keys = np.concatenate([part.column("keys", "uint64") for part in parts])
     return Corpus(
-        ids=_joined([part.column("ids") for part in parts]),
-        supervised=_joined([part.column("supervised", "bool") for part in parts]),
+        ids=joining.joined([part.column("ids") for part in parts]),
+        supervised=joining.joined([part.column("supervised", "bool") for part in parts]),
         starts=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         source=np.repeat(
             np.arange(len(parts), dtype=np.int32), [len(part.column("length")) for part in parts]
@@ -275,10 +257,6 @@ def corpus(
         plain=tuple(part.reading.is_text for part in parts),
         taken=tuple(part.rows.taken for part in parts),
     )
-
-
-def _joined(parts: list[np.ndarray]) -> Any:
-    return parts[0] if len(parts) == 1 else Joined(parts)
 
 
 def _repeats(keys: np.ndarray) -> int:

@@ -12,6 +12,7 @@ from itune import (
     cards,
     contamination,
     errors,
+    memory,
     predictions,
     recipes,
     reports,
@@ -23,7 +24,7 @@ from itune import (
     templates,
 )
 from itune import metrics as metric_names
-from itune.answering import Answerer, Asked, Say, free
+from itune.answering import Answerer, Asked, Say
 from itune.cases import is_text
 
 DEFAULT_METRICS = {
@@ -223,7 +224,7 @@ def _answered(
     else:
         made = ours.answers(mine), ours.losses()
         ours.release()
-        free()
+        memory.free()
         answered, losses = other.answers(theirs), other.losses()
     other.release()
     return *made, results.Rival(str(against), answered, losses)

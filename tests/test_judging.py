@@ -37,19 +37,25 @@ DATA = ("moods.jsonl", "places.jsonl", "text.jsonl", "mood.yaml", "place.yaml")
 Cli = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """A folder with two finished runs: runs/lora, and runs/full without an adapter."""
-    folder, before = tmp_path_factory.mktemp("judged"), Path.cwd()
+def with_runs(folder: Path, **recipes: str) -> Path:
+    """A folder with the data, and a finished run of each recipe under its name."""
+    before = Path.cwd()
     world(folder)
     os.chdir(folder)
     try:
-        for name, adapter in (("full", ""), ("lora", LORA)):
-            Path(f"{name}.yaml").write_text(RECIPE.format(base=tiny_model_dir) + adapter)
-            commands.train("tune", commands.Common(f"{name}.yaml", quiet=True, json=False), [])
+        for name, recipe in recipes.items():
+            Path(f"{name}.yaml").write_text(recipe)
+            commands.train("tune", commands.Common(f"{name}.yaml", quiet=True), [])
     finally:
         os.chdir(before)
     return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder with two finished runs: runs/lora, and runs/full without an adapter."""
+    recipe = RECIPE.format(base=tiny_model_dir)
+    return with_runs(tmp_path_factory.mktemp("judged"), full=recipe, lora=recipe + LORA)
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_commands import world, write
-from test_judging import LORA, RECIPE
+from test_commands import write
+from test_judging import LORA, RECIPE, with_runs
 
-from itune import commands, sharing
+from itune import sharing
 
 Itune = Callable[..., "subprocess.CompletedProcess[str]"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -26,18 +26,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     """A folder with a run of an adapter, whose evaluation data has questions and plain text."""
-    folder, before = tmp_path_factory.mktemp("shared"), Path.cwd()
-    world(folder)
     texts = "    - {path: text.jsonl, format: text, limit: 30}\n"
     recipe = RECIPE.format(base=tiny_model_dir).replace("limit: 6", "limit: 40")
     recipe = recipe.replace("limit: 5", "limit: 40").replace("  allow", texts + "  allow")
-    os.chdir(folder)
-    try:
-        Path("lora.yaml").write_text(recipe + LORA)
-        commands.train("tune", commands.Common("lora.yaml", quiet=True), [])
-    finally:
-        os.chdir(before)
-    return folder
+    return with_runs(tmp_path_factory.mktemp("shared"), lora=recipe + LORA)
 
 
 @pytest.fixture

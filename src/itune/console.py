@@ -289,8 +289,10 @@ class _Bar:
             self.begun_tokens, self.begun_seconds = record["tokens"], record["seconds"]
         seconds = record["seconds"] - self.begun_seconds
         rate = (record["tokens"] - self.begun_tokens) / seconds if seconds > 0 else 0.0
-        left = (self.tokens - record["tokens"]) / rate if rate else 0.0
-        text = f"loss {record['loss']:.4f}  {rate:,.0f} tokens/s  {_clock(left)} left"
+        text = f"loss {record['loss']:.4f}"
+        if rate:  # of one step alone nothing is known yet
+            left = (self.tokens - record["tokens"]) / rate
+            text += f"  {rate:,.0f} tokens/s  {_clock(left)} left"
         if "heldout_loss" in record:
             text += f"  held-out loss {record['heldout_loss']:.4f}"
         self.bar.update(self.task, completed=record["step"], description=text)

@@ -28,6 +28,7 @@ ORDER = (
     "records",
     "sandbox",
     "checks",
+    "sections",
     "recipes",
     "templates",
     "formats",
@@ -118,6 +119,7 @@ ORDER = (
 LIGHT = (
     "errors",
     "prompting",
+    "sections",
     "recipes",
     "templates",
     "runs",

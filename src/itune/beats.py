@@ -1,4 +1,4 @@
-"""Whether every process of a run gets on: each writes a beat into the run's folder, who watches?
+"""Whether every process of a run gets on: each leaves beats in the run's folder; one watches them.
 
 A thread of each process writes `tick`, which moves unless the whole process stands still, and how
 often its work went on. Whoever watches (the process that started them, or each of them where a

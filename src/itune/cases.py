@@ -85,8 +85,13 @@ def placed(
 
 
 def checked(example: formats.Example) -> formats.Example:
-    """The Example, if every text of it can be read. Raises DataError."""
-    formats.refuse_unreadable([example.text or "", *(each.content for each in example.messages)])
+    """The Example, if no text of it holds a NUL, which no text has and many readers end at."""
+    for text in (example.text or "", *(message.content for message in example.messages)):
+        if "\0" in text:
+            near = errors.shown(text[max(0, text.index("\0") - 15) :][:30])
+            raise errors.DataError(
+                f"the character U+0000 (NUL) in {near}. Take it out: text has none."
+            )
     return example
 
 

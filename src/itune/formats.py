@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,24 +43,6 @@ class Example:
     def prompt(self) -> tuple[Message, ...]:
         """The messages before the answer."""
         return self.messages[:-1]
-
-
-def refuse_unreadable(texts: Iterable[str]) -> None:
-    """Raise DataError for a text with a NUL, at which many readers end, or half a character."""
-    for text in texts:
-        if "\0" in text:
-            near = errors.shown(text[max(0, text.index("\0") - 15) :][:30])
-            raise errors.DataError(
-                f"the character U+0000 (NUL) in {near}. Take it out: text has none."
-            )
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            place, code = error.start, ord(text[error.start])
-            # As Python keeps the bytes of a command line that are no text (PEP 383).
-            byte = f"not UTF-8, byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ""
-            what = byte or f"half of a surrogate pair, U+{code:04X},"
-            raise errors.DataError(f"{what} at {place}. Take it out: text has none.") from error
 
 
 def plain_text(row: Mapping[str, Any]) -> Example:

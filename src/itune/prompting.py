@@ -191,10 +191,18 @@ def _asked(
 
 
 def _readable(prompt: str, messages: list[formats.Message], where: str) -> Conversation:
-    from itune import formats
-
-    with located(where):
-        formats.refuse_unreadable(each.content for each in messages)
+    """What is asked, if all of it is text: no tokenizer takes half a character."""
+    for message in messages:
+        try:
+            message.content.encode()
+        except UnicodeEncodeError as error:
+            code = ord(message.content[error.start])
+            # As Python keeps the bytes of a command line that are no text (PEP 383).
+            byte = f"not UTF-8, byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else ""
+            what = byte or f"half of a surrogate pair, U+{code:04X},"
+            raise errors.DataError(
+                f"{where}: {what} at {error.start}. Take it out: text has none."
+            ) from error
     return Conversation(prompt, messages, where)
 
 

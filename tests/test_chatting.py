@@ -192,3 +192,13 @@ def test_a_stop_while_a_part_is_shown_shows_it_once_and_before_it_says_so(
     assert ended.out == turns[1]["content"] + "\n"
     stopped = next(k for k, text in enumerate(order) if "(stopped)" in text)
     assert "".join(order[:stopped]).rstrip("\n") == turns[1]["content"]
+
+
+def test_a_line_that_is_no_text_is_told_and_the_talk_goes_on(talk: Cli) -> None:
+    ended = talk("hi \udc9b31m\nhello\n/quit\n")
+    assert ended.code == 0, ended.err
+    assert "the question: not UTF-8, byte 0x9b at 3" in ended.err
+    assert ended.out == talk("hello\n").out
+    refused = talk("hello\n", "--system", "be \udcff")
+    assert refused.code == 2
+    assert "--system: not UTF-8, byte 0xff at 3" in refused.err

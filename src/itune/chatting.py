@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from itune import console, decoding, errors, formats, signals, speaking, storage
+from itune import console, decoding, errors, formats, prompting, signals, speaking, storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +35,7 @@ class Chat:
     def run(self) -> None:
         """Talk until the user ends it, or the input ends."""
         if self.system:
+            prompting.refuse_half_characters(self._messages([]), "--system")
             speaking.system_taken(self.speaker, self.system)
         if sys.stdin.isatty():
             self.screen.say("/help shows the commands, /quit ends")
@@ -103,6 +104,7 @@ class Chat:
         """Answer a question as it is spoken. One that cannot be answered leaves no trace."""
         said = [*self.said, formats.Message("user", question)]
         try:
+            prompting.refuse_half_characters(said[-1:], "the question")
             said, ids = self._fitted(said)
             heard = speaking.Heard(self.speaker.encoder, self.screen.part)
             stopped = False

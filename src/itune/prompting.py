@@ -191,7 +191,12 @@ def _asked(
 
 
 def _readable(prompt: str, messages: list[formats.Message], where: str) -> Conversation:
-    """What is asked, if all of it is text: no tokenizer takes half a character."""
+    refuse_half_characters(messages, where)
+    return Conversation(prompt, messages, where)
+
+
+def refuse_half_characters(messages: Sequence[formats.Message], where: str) -> None:
+    """Raise DataError for what is no text, and what no tokenizer takes, in messages."""
     for message in messages:
         try:
             message.content.encode()
@@ -203,7 +208,6 @@ def _readable(prompt: str, messages: list[formats.Message], where: str) -> Conve
             raise errors.DataError(
                 f"{where}: {what} at {error.start}. Take it out: text has none."
             ) from error
-    return Conversation(prompt, messages, where)
 
 
 def _fields(given: Sequence[str]) -> dict[str, str]:

@@ -301,7 +301,10 @@ def use_liger(model: Any, place: Placement) -> None:
 
 
 def _merged_base(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
-    return adapters.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
+    model = adapters.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
+    if not hasattr(model, "peft_config"):
+        model.requires_grad_(True)  # peft froze the base, and it is a whole model again
+    return model
 
 
 def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:

@@ -17,6 +17,7 @@ from itune import (
     data,
     doctor,
     encoding,
+    errors,
     families,
     finishing,
     jobs,
@@ -75,6 +76,11 @@ def _tuned(
     if settings.gradient_checkpointing:
         models.recompute(model)
     total, trainable = models.count(model)
+    if not trainable:
+        raise errors.RecipeError(
+            f"adapter: nothing of the model would be trained: all of its {total:,} parameters are "
+            "frozen. Look through the section, or leave it out to train all weights."
+        )
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     objective = objectives.of(encoder, settings)
     plan = starting.planned(

@@ -1,0 +1,64 @@
+"""Tuning on top of what was tuned: all weights of it, from anywhere, with where it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Cli = Callable[..., Any]
+RECIPE = """
+model: {name: ./model}
+adapter: {peft_type: lora, r: 4, target_modules: all-linear}
+data: {train: {path: rows.jsonl}}
+training: {max_steps: 3, tokens_per_step: 300, max_length: 128, heldout_rows: 0}
+"""
+ALL = RECIPE.replace("adapter: {peft_type: lora, r: 4, target_modules: all-linear}\n", "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    rows = [{"prompt": f"Where is {k}?", "completion": f"in room {k % 5}"} for k in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": f"Room {k} is beside room {k + 1}. " * 3} for k in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "lora.yaml").write_text(RECIPE)
+    (tmp_path / "all.yaml").write_text(ALL)
+    return tmp_path
+
+
+def test_all_weights_are_trained_on_top_of_an_adapter_as_of_the_merged_model(
+    folder: Path, cli: Cli
+) -> None:
+    from safetensors.torch import load_file
+
+    merged = ("-s", "output.merge=true", "-s", "training.learning_rate=0.01")
+    assert cli("tune", "-r", "lora.yaml", "-o", "runs/a", *merged).code == 0
+    found = {}
+    for name in ("runs/a", "runs/a/merged"):
+        out = f"runs/on-{Path(name).name}"
+        ended = cli("tune", "-r", "all.yaml", "-o", out, "-s", f"model.name={name}")
+        assert ended.code == 0, ended.err
+        manifest = json.loads(Path(out, "run.json").read_text())
+        assert manifest["trainable"] == manifest["parameters"]
+        found[name] = load_file(Path(out, "model/model.safetensors"))
+    start = load_file("runs/a/merged/model.safetensors")
+    for key, weight in found["runs/a"].items():
+        assert not weight.equal(start[key]), key
+        assert weight.equal(found["runs/a/merged"][key]), key
+    line = ("-r", "all.yaml", "-o", "runs/more", "-s", "model.name=runs/a")
+    ended = cli("pretrain", *line, "-s", "data.train.path=texts.jsonl")
+    assert ended.code == 0, ended.err
+
+
+def test_a_model_of_which_nothing_is_trained_is_an_error(folder: Path, cli: Cli) -> None:
+    frozen = "adapter={peft_type: lora, inference_mode: true}"
+    ended = cli("tune", "-r", "lora.yaml", "-s", frozen)
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "adapter: nothing of the model would be trained" in ended.err
+    assert not Path("runs/lora/log.jsonl").exists()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 Cli = Callable[..., Any]
@@ -62,3 +63,61 @@ def test_a_model_of_which_nothing_is_trained_is_an_error(folder: Path, cli: Cli)
     assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
     assert "adapter: nothing of the model would be trained" in ended.err
     assert not Path("runs/lora/log.jsonl").exists()
+
+
+# --- an adapter of the hub ------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The root of a hub that this very process reaches, with caches of its own."""
+    from hub import serving
+
+    root, constants = tmp_path / "hub", huggingface_hub.constants
+    with serving(root) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+        files = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        yield root
+
+
+def test_an_adapter_of_the_hub_is_tuned_on_as_one_of_a_folder(
+    root: Path, folder: Path, cli: Cli
+) -> None:
+    from safetensors.torch import load_file
+
+    shutil.copytree("model", root / "models/stack/base")
+    made = ("-s", "model.name=stack/base", "-s", "training.learning_rate=0.01")
+    assert cli("tune", "-r", "lora.yaml", "-o", "runs/a", *made).code == 0
+    shutil.copytree("runs/a/model", root / "models/stack/a")
+    (root / "models/stack/a/training.bin").write_text("pickled")
+    for name, recipe in (("here", "all.yaml"), ("there", "all.yaml"), ("lora", "lora.yaml")):
+        below = "runs/a" if name == "here" else "stack/a"
+        ended = cli("tune", "-r", recipe, "-o", f"runs/{name}", "-s", f"model.name={below}")
+        assert ended.code == 0, ended.err
+    here, there = (load_file(f"runs/{name}/model/model.safetensors") for name in ("here", "there"))
+    assert all(weight.equal(there[key]) for key, weight in here.items())
+    told = cli("generate", "--model", "stack/a", "--json", "Where is 3?")
+    assert told.out == cli("generate", "--model", "runs/a/model", "--json", "Where is 3?").out
+    card = huggingface_hub.ModelCard.load(Path("runs/there/model/README.md"))
+    assert card.data.base_model == "stack/a"
+    stacked = Path("runs/lora/model/README.md").read_text()
+    assert "[stack/a](https://huggingface.co/stack/a)" in stacked
+    assert "PATH_OF_THE_BASE" in stacked
+    assert "That base is on no hub" in stacked
+
+
+def test_an_adapter_of_the_hub_whose_base_is_on_none_is_told_of(
+    root: Path, folder: Path, cli: Cli
+) -> None:
+    assert cli("tune", "-r", "lora.yaml", "-o", "runs/a").code == 0
+    shutil.copytree("runs/a/model", root / "models/stack/lone")
+    config = root / "models/stack/lone/adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "model"), "./nowhere"))
+    ended = cli("tune", "-r", "lora.yaml", "-o", "runs/b", "-s", "model.name=stack/lone")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "stack/lone: an adapter for './nowhere', which is on no hub and not here" in ended.err
+    assert "(stack/lone-merged)" in ended.err

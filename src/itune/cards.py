@@ -143,10 +143,12 @@ class _Card:
     def _base(self) -> str:
         """The base, in words."""
         kind, name = self.origin["kind"], self.origin["name"]
-        if kind == origins.HUB:
+        if kind in (origins.HUB, origins.ADAPTED):
             commit = self.origin["commit"]
-            return f"[{plain(name)}](https://huggingface.co/{name})" + (
-                f" at commit {code(commit)}" if commit else ""
+            return (
+                f"[{plain(name)}](https://huggingface.co/{name})"
+                + (f" at commit {code(commit)}" if commit else "")
+                + (", an adapter folded into its base" if kind == origins.ADAPTED else "")
             )
         if kind == origins.SCRATCH:
             return f"random weights ({code(name)})"
@@ -166,7 +168,7 @@ class _Card:
         }[self.kind]
         told = f"{what} {self._base()}. Made by `itune {self.manifest['command']}` "
         told += f"{plain(self.manifest['itune'])}."
-        if self.kind == ADAPTER and self.origin["kind"] in (origins.FOLDER, origins.RUN):
+        if self.kind == ADAPTER and self.origin["kind"] not in (origins.HUB, origins.SCRATCH):
             told += (
                 " **That base is on no hub**: the adapter is of use to those alone who have a copy "
                 "of it. What it is called here is the name of its folder."

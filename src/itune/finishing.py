@@ -54,7 +54,7 @@ def base_of(
     """
     if recipe.model.name is None or recipe.adapter is None:
         return recipe.name
-    location = models.resolve(recipe.model.name)
+    location = models.resolve(recipe.model.name, recipe.model.revision)
     if models.adapter_of(location) is None:
         # A path relative to where one stands would be found from there alone.
         return str(Path(location).absolute()) if Path(location).is_dir() else location

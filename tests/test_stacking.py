@@ -65,6 +65,22 @@ def test_a_model_of_which_nothing_is_trained_is_an_error(folder: Path, cli: Cli)
     assert not Path("runs/lora/log.jsonl").exists()
 
 
+def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
+    folder: Path, cli: Cli
+) -> None:
+    scratch = (
+        "{model_type: llama, tokenizer: ./model, hidden_size: 16, num_hidden_layers: 1,"
+        " num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 16}"
+    )
+    text = RECIPE.replace("{name: ./model}", f"{{from_scratch: {scratch}}}")
+    Path("new.yaml").write_text(text)
+    ended = cli("tune", "-r", "new.yaml")
+    assert ended.code == 0, ended.err
+    settings = json.loads(Path("runs/new/model/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "runs/new/base")
+    assert cli("generate", "--run", "runs/new", "Where is 3?").code == 0
+
+
 # --- an adapter of the hub ------------------------------------------------------------------
 
 

@@ -155,7 +155,7 @@ class _Card:
         root = self.origin["root"]
         below = f", itself made from {code(root)}" if root else ""
         kept = "another run of itune" if kind == origins.RUN else "a folder of its maker's"
-        return f"{code(name)}, {kept}{below}"
+        return f"{code(origins.as_folder(name))}, {kept}{below}"
 
     def opening(self) -> str:
         """What it is."""
@@ -168,10 +168,10 @@ class _Card:
         }[self.kind]
         told = f"{what} {self._base()}. Made by `itune {self.manifest['command']}` "
         told += f"{plain(self.manifest['itune'])}."
-        if self.kind == ADAPTER and self.origin["kind"] not in (origins.HUB, origins.SCRATCH):
+        if self.kind == ADAPTER and self.origin["kind"] != origins.HUB:
             told += (
                 " **That base is on no hub**: the adapter is of use to those alone who have a copy "
-                "of it. What it is called here is the name of its folder."
+                f"of it. Its settings call it {code(origins.as_folder(self.origin['name']))}."
             )
         return told
 

@@ -134,6 +134,11 @@ def public(path: str) -> str:
     return place.name if leads_out else path
 
 
+def as_folder(name: str) -> str:
+    """A name of what is on no hub that no repository can have: a word alone may be a stranger's."""
+    return f"./{Path(name).name}"
+
+
 def recipe_text(recipe: recipes.Recipe) -> str:
     """The recipe as YAML for others to read: no path of this machine, and nothing that is null."""
     shown = yamls.parse(recipes.dump(recipe), "recipe", errors.RecipeError)

@@ -64,6 +64,7 @@ def test_a_run_is_pushed_private_and_its_card_again_with_the_scores(
     ended = cli("tune", "-r", recipe, "-s", "output.merge=true")
     assert ended.code == 0, ended.err
     assert "pushed: runs/tune/model to http://127.0.0.1" in ended.err
+    assert "without a copy of it. me/tuned-merged is whole." in ended.err
     assert TOKEN not in ended.out + ended.err
     assert (root / "private").read_text().split() == ["models/me/tuned", "models/me/tuned-merged"]
     there, merged = root / "models/me/tuned", root / "models/me/tuned-merged"

@@ -105,9 +105,12 @@ def _models(run: runs.Run) -> Iterator[tuple[Path, str]]:
 def _name_the_base(run: runs.Run, say: Say) -> None:
     origin = run.manifest.get("origin", {})
     if run.recipe.adapter and origin.get("kind") not in (None, origins.HUB):
+        whole = cards.repository(run, cards.MERGED)
+        there = (run.dir / "merged").is_dir()
+        cure = f"{whole} is whole" if there else "output.merge: true pushes a whole model too"
         say(
             f"its base, {origin['name']}, is on no hub: others cannot load the adapter without a "
-            "copy of it. output.merge: true pushes a whole model too."
+            f"copy of it. {cure}."
         )
 
 

@@ -47,6 +47,9 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: training.Watcher) -> Non
     place, settings = models.placement(recipe.model), recipe.training
     if recipe.adapter is not None:
         adapters.config(recipe.adapter, models.family_of(recipe.model))
+    if recipe.model.name is not None:
+        location = models.resolve(recipe.model.name, recipe.model.revision)
+        adapters.refuse_soft(recipe.model.name, models.adapter_of(location))
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):

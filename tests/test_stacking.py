@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from conftest import Ended, Itune
 
 Cli = Callable[..., Any]
 RECIPE = """
@@ -85,39 +86,40 @@ def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The root of a hub that this very process reaches, with caches of its own."""
-    from hub import serving
-
-    root, constants = tmp_path / "hub", huggingface_hub.constants
-    with serving(root) as url:
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
-        files = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_HUB_OFFLINE")
-        yield root
+def root(hub: tuple[Path, dict[str, str | None]]) -> Path:
+    return hub[0]
 
 
+@pytest.fixture
+def cli_there(hub: tuple[Path, dict[str, str | None]], itune: Itune) -> Cli:
+    """The command in a process of its own, which reaches the hub: libraries read where it is once."""
+
+    def run(*arguments: object) -> Ended:
+        done = itune(*arguments, env=hub[1])
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.mark.slow
 def test_an_adapter_of_the_hub_is_tuned_on_as_one_of_a_folder(
-    root: Path, folder: Path, cli: Cli
+    root: Path, folder: Path, cli_there: Cli
 ) -> None:
     from safetensors.torch import load_file
 
     shutil.copytree("model", root / "models/stack/base")
     made = ("-s", "model.name=stack/base", "-s", "training.learning_rate=0.01")
-    assert cli("tune", "-r", "lora.yaml", "-o", "runs/a", *made).code == 0
+    assert cli_there("tune", "-r", "lora.yaml", "-o", "runs/a", *made).code == 0
     shutil.copytree("runs/a/model", root / "models/stack/a")
     (root / "models/stack/a/training.bin").write_text("pickled")
     for name, recipe in (("here", "all.yaml"), ("there", "all.yaml"), ("lora", "lora.yaml")):
         below = "runs/a" if name == "here" else "stack/a"
-        ended = cli("tune", "-r", recipe, "-o", f"runs/{name}", "-s", f"model.name={below}")
+        ended = cli_there("tune", "-r", recipe, "-o", f"runs/{name}", "-s", f"model.name={below}")
         assert ended.code == 0, ended.err
     here, there = (load_file(f"runs/{name}/model/model.safetensors") for name in ("here", "there"))
     assert all(weight.equal(there[key]) for key, weight in here.items())
-    told = cli("generate", "--model", "stack/a", "--json", "Where is 3?")
-    assert told.out == cli("generate", "--model", "runs/a/model", "--json", "Where is 3?").out
+    told = cli_there("generate", "--model", "stack/a", "--json", "Where is 3?")
+    assert told.out == cli_there("generate", "--model", "runs/a/model", "--json", "Where is 3?").out
     card = huggingface_hub.ModelCard.load(Path("runs/there/model/README.md"))
     assert card.data.base_model == "stack/a"
     stacked = Path("runs/lora/model/README.md").read_text()
@@ -126,14 +128,15 @@ def test_an_adapter_of_the_hub_is_tuned_on_as_one_of_a_folder(
     assert "That base is on no hub" in stacked
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_hub_whose_base_is_on_none_is_told_of(
-    root: Path, folder: Path, cli: Cli
+    root: Path, folder: Path, cli_there: Cli
 ) -> None:
-    assert cli("tune", "-r", "lora.yaml", "-o", "runs/a").code == 0
+    assert cli_there("tune", "-r", "lora.yaml", "-o", "runs/a").code == 0
     shutil.copytree("runs/a/model", root / "models/stack/lone")
     config = root / "models/stack/lone/adapter_config.json"
     config.write_text(config.read_text().replace(str(folder / "model"), "./nowhere"))
-    ended = cli("tune", "-r", "lora.yaml", "-o", "runs/b", "-s", "model.name=stack/lone")
+    ended = cli_there("tune", "-r", "lora.yaml", "-o", "runs/b", "-s", "model.name=stack/lone")
     assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
     assert "stack/lone: an adapter for './nowhere', which is on no hub and not here" in ended.err
     assert "(stack/lone-merged)" in ended.err

@@ -92,7 +92,7 @@ def root(hub: tuple[Path, dict[str, str | None]]) -> Path:
 
 @pytest.fixture
 def cli_there(hub: tuple[Path, dict[str, str | None]], itune: Itune) -> Cli:
-    """The command in a process of its own, which reaches the hub: libraries read where it is once."""
+    """The command in a process of its own: libraries read once where the hub is."""
 
     def run(*arguments: object) -> Ended:
         done = itune(*arguments, env=hub[1])

@@ -54,7 +54,7 @@ def test_a_card_is_of_the_hubs_format_and_gets_its_scores_from_eval(
     assert card.data.base_model is None  # a folder is none of the hub's models
     assert card.data.eval_results is None
     assert "nothing was scored" in card.text
-    assert f"`{tiny_model_dir.name}`" in card.text
+    assert f"`./{tiny_model_dir.name}`" in card.text
     ended = cli("eval", "--json")
     assert ended.code == 0, ended.err
     scored = json.loads(ended.out)["tasks"]["ask"]

@@ -277,6 +277,19 @@ def test_a_model_trains_on_after_its_adapter_was_folded_in_for_answers(kind: str
     assert not hasattr(adapters.merged_or_not(model), "merge_adapter")  # and says nothing of it
 
 
+def test_an_adapter_that_is_refused_only_as_a_whole_stays_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = adapters.attach(tiny_model("causal"), {"peft_type": "lora"}, base="x", seed=1)
+
+    def refused() -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(model.base_model, "merge_and_unload", refused)
+    assert adapters.merged_or_not(model) is model
+    assert "this adapter (lora) cannot be folded into its base" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_stop_token_that_an_adapter_can_never_learn_is_told_of(
     tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
@@ -299,7 +312,8 @@ def test_a_stop_token_that_an_adapter_can_never_learn_is_told_of(
     found = said()
     assert f"(id {stop}) looks like 2 other tokens" in found
     assert f"Add trainable_token_indices: [{stop}] to the adapter" in found
-    assert "Use lora with" in said(peft_type="ia3", feedforward_modules=[])
+    other = said(peft_type="ia3", feedforward_modules=[])
+    assert f"Use lora with trainable_token_indices: [{stop}], or train all weights." in other
     assert not said(trainable_token_indices=[stop])
     assert not said(modules_to_save=["lm_head"])
 

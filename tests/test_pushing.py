@@ -64,6 +64,7 @@ def test_a_run_is_pushed_private_and_its_card_again_with_the_scores(
     ended = cli("tune", "-r", recipe, "-s", "output.merge=true")
     assert ended.code == 0, ended.err
     assert "pushed: runs/tune/model to http://127.0.0.1" in ended.err
+    assert "without a copy of it. me/tuned-merged is whole." in ended.err
     assert TOKEN not in ended.out + ended.err
     assert (root / "private").read_text().split() == ["models/me/tuned", "models/me/tuned-merged"]
     there, merged = root / "models/me/tuned", root / "models/me/tuned-merged"
@@ -78,7 +79,11 @@ def test_a_run_is_pushed_private_and_its_card_again_with_the_scores(
             assert str(tiny_model_dir).encode() not in content
             assert TOKEN.encode() not in content
     settings = json.loads((there / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == tiny_model_dir.name
+    base = settings["base_model_name_or_path"]
+    assert base == f"./{tiny_model_dir.name}"  # no word that a stranger's repository may bear
+    with pytest.raises(huggingface_hub.errors.HFValidationError):
+        huggingface_hub.hf_hub_download(base, "config.json")
+    assert f"`{base}`" in (there / "README.md").read_text()
     assert "from_pretrained(base, 'me/tuned')" in (there / "README.md").read_text()
     assert "from_pretrained('me/tuned-merged')" in (merged / "README.md").read_text()
     ended = cli("eval")

@@ -193,11 +193,12 @@ def unheard_stop(model: Any, stop_id: int) -> Iterator[str]:
         return
     fields = inspect.signature(type(model.active_peft_config)).parameters
     cure = f"trainable_token_indices: [{stop_id}]"
-    cure = f"Add {cure}" if "trainable_token_indices" in fields else f"Use lora with {cure}"
+    able = "trainable_token_indices" in fields
+    cure = f"Add {cure} to the adapter" if able else f"Use lora with {cure}"
     yield (
         f"the stop token (id {stop_id}) looks like {like:,} other tokens to the model, which never "
         "learnt it, and the adapter leaves that frozen: answers will not stop by themselves. "
-        f"{cure} to the adapter, or train all weights."
+        f"{cure}, or train all weights."
     )
 
 
@@ -214,6 +215,19 @@ def prepends(model: Any) -> bool:
     """Whether an adapter sets tokens of its own before a text, so that places are its business."""
     settings = getattr(model, "active_peft_config", None)
     return settings is not None and bool(settings.is_prompt_learning)
+
+
+def refuse_soft(name: str, settings: Mapping[str, Any] | None) -> None:
+    """Raise RecipeError for a saved adapter of learnt prompts: nothing is tuned on top of those."""
+    import peft
+
+    kind = str((settings or {}).get("peft_type", "")).upper()
+    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
+    if cls is not None and issubclass(cls, peft.PromptLearningConfig):
+        raise errors.RecipeError(
+            f"model.name: {name}: its adapter cannot be folded into its base, so nothing can be "
+            "tuned on top of it. Name its base."
+        )
 
 
 def refuse_unmergeable(model: Any) -> None:
@@ -281,17 +295,15 @@ def merged_or_not(loaded: Any) -> Any:
     """An adapter on its base, folded in; as it was where it cannot be folded in."""
     if prepends(loaded):
         return loaded  # tokens that are set before a text are no part of any weight
-    if not hasattr(loaded, "merge_and_unload") or not _folds(loaded):
-        kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
-        launching.warn(
-            f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
-            "same answers, a little slower."
-        )
-        return loaded
-    try:
-        return loaded.merge_and_unload()
-    except (NotImplementedError, ValueError):
-        return loaded  # every layer would fold, so it was refused before any was touched
+    if hasattr(loaded, "merge_and_unload") and _folds(loaded):
+        with contextlib.suppress(NotImplementedError, ValueError):
+            return loaded.merge_and_unload()  # refused, if at all, before any layer is touched
+    kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
+    launching.warn(
+        f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
+        "same answers, a little slower."
+    )
+    return loaded
 
 
 def _folds(model: Any) -> bool:

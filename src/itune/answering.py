@@ -144,7 +144,7 @@ class Answerer:
 
         return engines.serve(
             engine,
-            models.resolve(self.location),
+            models.resolve(self.location, self.named.revision),
             self.wanted,
             dtype=str(self.place.dtype).removeprefix("torch."),
             family=self.encoder.family,
@@ -169,7 +169,7 @@ class Answerer:
         """Take the base's model out of its hands and fold this one's adapter into it."""
         from itune import adapters, models
 
-        location = models.resolve(self.location)
+        location = models.resolve(self.location, self.named.revision)
         shared = isinstance(base.model, engines.Served)
         self._hold(
             base.model.adapted(location) if shared else adapters.folded(base.model, location)

@@ -143,17 +143,19 @@ class _Card:
     def _base(self) -> str:
         """The base, in words."""
         kind, name = self.origin["kind"], self.origin["name"]
-        if kind == origins.HUB:
+        if kind in (origins.HUB, origins.ADAPTED):
             commit = self.origin["commit"]
-            return f"[{plain(name)}](https://huggingface.co/{name})" + (
-                f" at commit {code(commit)}" if commit else ""
+            return (
+                f"[{plain(name)}](https://huggingface.co/{name})"
+                + (f" at commit {code(commit)}" if commit else "")
+                + (", an adapter folded into its base" if kind == origins.ADAPTED else "")
             )
         if kind == origins.SCRATCH:
             return f"random weights ({code(name)})"
         root = self.origin["root"]
         below = f", itself made from {code(root)}" if root else ""
         kept = "another run of itune" if kind == origins.RUN else "a folder of its maker's"
-        return f"{code(name)}, {kept}{below}"
+        return f"{code(origins.as_folder(name))}, {kept}{below}"
 
     def opening(self) -> str:
         """What it is."""
@@ -166,10 +168,10 @@ class _Card:
         }[self.kind]
         told = f"{what} {self._base()}. Made by `itune {self.manifest['command']}` "
         told += f"{plain(self.manifest['itune'])}."
-        if self.kind == ADAPTER and self.origin["kind"] in (origins.FOLDER, origins.RUN):
+        if self.kind == ADAPTER and self.origin["kind"] != origins.HUB:
             told += (
                 " **That base is on no hub**: the adapter is of use to those alone who have a copy "
-                "of it. What it is called here is the name of its folder."
+                f"of it. Its settings call it {code(origins.as_folder(self.origin['name']))}."
             )
         return told
 

@@ -24,7 +24,7 @@ def of(location: str, revision: str | None) -> dict[str, Any]:
 
     `revision`: as it is asked for; one of the hub is known by the commit that it stood for.
     """
-    folder = Path(models.resolve(location))
+    folder = Path(models.resolve(location, revision))
     if not folder.is_dir():
         return {"name": str(folder), "commit": origins.commit(location, revision)}
     found: dict[str, Any] = {"files": _files(folder)}

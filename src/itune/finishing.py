@@ -50,14 +50,16 @@ def base_of(
     """The name of the model that an adapter goes on, as its config keeps it: an id or a folder.
 
     Where the recipe names an adapter, it was folded into its own base: that is written to the
-    run's `base/`, since nobody else has it (by the process that is told to `keep` it).
+    run's `base/`, since nobody else has it (by the process that is told to `keep` it). Random
+    weights are too.
     """
-    if recipe.model.name is None or recipe.adapter is None:
+    if recipe.adapter is None:
         return recipe.name
-    location = models.resolve(recipe.model.name)
-    if models.adapter_of(location) is None:
-        # A path relative to where one stands would be found from there alone.
-        return str(Path(location).absolute()) if Path(location).is_dir() else location
+    if recipe.model.name is not None:
+        location = models.resolve(recipe.model.name, recipe.model.revision)
+        if models.adapter_of(location) is None:
+            # A path relative to where one stands would be found from there alone.
+            return str(Path(location).absolute()) if Path(location).is_dir() else location
     folder = run.dir / "base"
     if keep and not folder.is_dir():
         staged = run.dir / ".base"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, data, encoding, errors, families, recipes, weights
+from itune import adapters, data, encoding, errors, families, origins, recipes, weights
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 
@@ -95,10 +95,11 @@ def config_of(wanted: recipes.Model) -> Any:
         entries = {} if trained is None else {"vocab_size": trained, "pad_token_id": 0}
         return _blank_config(wanted.from_scratch, entries)
     name = wanted.name or ""
-    location, revision = resolve(name), wanted.revision
+    location, revision = resolve(name, wanted.revision), wanted.revision
     adapter = adapter_of(location)
     if adapter is not None:
         location, revision = adapter["base_model_name_or_path"], adapter.get("revision")
+        origins.refuse_absent_base(name, location)
     return from_library(
         name,
         lambda: transformers.AutoConfig.from_pretrained(
@@ -137,9 +138,10 @@ def cpu_has_bfloat16() -> bool:
 # --- where a model is ---------------------------------------------------------------------
 
 
-def resolve(name: str) -> str:
+def resolve(name: str, revision: str | None = None) -> str:
     """The folder or hub id that a recipe's `model.name` means; a run's folder means its model.
 
+    An adapter of the hub is fetched, so that it is a folder as any other: there its base is found.
     Raises ModelError for a path that is not there or holds no model.
     """
     path = Path(name).expanduser()
@@ -151,7 +153,7 @@ def resolve(name: str) -> str:
         weights.check(str(path / "model"))
         return str(path / "model")
     if path.is_dir():
-        if not any((path / known).is_file() for known in ("config.json", "adapter_config.json")):
+        if not any((path / known).is_file() for known in ("config.json", origins.ADAPTER)):
             raise errors.ModelError(
                 f"{name}: a folder without config.json or adapter_config.json, so no model. "
                 "Name the folder that holds the model's files."
@@ -164,7 +166,11 @@ def resolve(name: str) -> str:
         raise errors.ModelError(
             f"{name}: no such folder, in {Path.cwd()}.{errors.nearest(path.name, near)}"
         )
-    return name
+    fetched = from_library(name, lambda: origins.fetched_adapter(name, revision))
+    if fetched is None:
+        return name
+    weights.check(fetched)
+    return str(fetched)
 
 
 def from_library(name: str, call: Any) -> Any:
@@ -188,7 +194,7 @@ def from_library(name: str, call: Any) -> Any:
 
 def adapter_of(location: str) -> dict[str, Any] | None:
     """The adapter_config.json of a local adapter folder, or None when it is a whole model."""
-    path = Path(location) / "adapter_config.json"
+    path = Path(location) / origins.ADAPTER
     if not path.is_file():
         return None
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -208,7 +214,7 @@ def encoder(wanted: recipes.Model) -> encoding.Encoder:
 def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CAUSAL) -> Any:
     """The tokenizer of a model or run, with a chat template: its own, or itune's for a family."""
     alone = (Path(name) / "tokenizer.json").is_file()
-    location = name if alone else resolve(name)
+    location = name if alone else resolve(name, revision)
     loaded = from_library(
         name,
         lambda: transformers.AutoTokenizer.from_pretrained(
@@ -244,7 +250,7 @@ def load(
     starts from it. Raises ModelError, EnvironmentRefusal.
     """
     name = wanted.name or ""
-    location = resolve(name)
+    location = resolve(name, wanted.revision)
     if full:
         place = Placement(place.device, torch.float32, place.why)
     if adapter_of(location) is not None:
@@ -301,7 +307,10 @@ def use_liger(model: Any, place: Placement) -> None:
 
 
 def _merged_base(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
-    return adapters.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
+    model = adapters.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
+    if not hasattr(model, "peft_config"):
+        model.requires_grad_(True)  # peft froze the base, and it is a whole model again
+    return model
 
 
 def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:

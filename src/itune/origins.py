@@ -5,17 +5,25 @@ What is on the hub has its id there; a folder has the last part of its path alon
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
 from itune import errors, recipes, runs, yamls
 
 HUB, FOLDER, RUN, SCRATCH = "hub", "folder", "run", "scratch"
+ADAPTED = "adapted"  # an adapter of the hub, folded into its base
+ADAPTER = "adapter_config.json"
+# What is fetched of an adapter of the hub: nothing pickled, and no checkpoints beneath it.
+FETCHED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md")
+MISSED = (HfHubHTTPError, HFValidationError, OSError)  # OSError: no network, and not kept here
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{1,40}")
 
@@ -24,8 +32,51 @@ def commit(name: str, revision: str | None) -> str | None:
     """The commit of a model of the hub that was loaded, from where the cache keeps it."""
     if Path(name).expanduser().is_dir():
         return None
-    kept = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(kept).parent.name if isinstance(kept, str) else None
+    kept = _cached(name, "config.json", revision) or _cached(name, ADAPTER, revision)
+    return kept.parent.name if kept else None
+
+
+def _cached(name: str, file: str, revision: str | None) -> Path | None:
+    found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def fetched_adapter(name: str, revision: str | None) -> str | None:
+    """The folder of an adapter of the hub, fetched; None for whatever else a name stands for.
+
+    What is wrong with the name is told by the library that loads a model of it.
+    """
+    return _fetched_adapter(name, revision, huggingface_hub.constants.ENDPOINT)
+
+
+@functools.lru_cache(maxsize=16)
+def _fetched_adapter(name: str, revision: str | None, _hub: str) -> str | None:
+    """The same commit all through a process, though the hub has another by then."""
+    known = huggingface_hub.try_to_load_from_cache(name, ADAPTER, revision=revision)
+    if known is None:
+        try:
+            huggingface_hub.hf_hub_download(name, ADAPTER, revision=revision)
+        except MISSED:
+            return None
+    elif not isinstance(known, str):
+        return None  # it is kept that the repository has none
+    fetch: Callable[..., Any] = huggingface_hub.snapshot_download
+    options = {"revision": revision, "allow_patterns": FETCHED, "ignore_patterns": "*/*"}
+    return str(fetch(name, **options))
+
+
+def refuse_absent_base(name: str, base: str) -> None:
+    """Raise ModelError where an adapter's base is no folder that is here, nor can be on the hub."""
+    if Path(base).is_dir():
+        return
+    try:
+        validate_repo_id(base)
+    except HFValidationError as error:
+        raise errors.ModelError(
+            f"{name}: an adapter for {errors.shown(base)}, which is on no hub and not here. Name "
+            f"the whole model instead, where it was pushed with output.merge: true "
+            f"({name}-merged), or put a copy of that base there."
+        ) from error
 
 
 def of(recipe: recipes.Recipe, family: str) -> dict[str, Any]:
@@ -42,9 +93,10 @@ def of(recipe: recipes.Recipe, family: str) -> dict[str, Any]:
     path = Path(name).expanduser()
     if not path.is_dir():
         found = commit(name, recipe.model.revision)
-        card = huggingface_hub.try_to_load_from_cache(name, "README.md", revision=found)
-        made.update(kind=HUB, name=name, root=name, commit=found)
-        return {**made, "license": _license(Path(card)) if isinstance(card, str) else None}
+        card = _cached(name, "README.md", found)
+        kind = ADAPTED if _cached(name, ADAPTER, found) else HUB
+        made.update(kind=kind, name=name, root=name, commit=found)
+        return {**made, "license": _license(card) if card else None}
     folder = path.absolute()
     made["license"] = _license(folder / "README.md")
     run = next((each for each in (folder, folder.parent) if (each / "run.json").is_file()), None)
@@ -80,6 +132,11 @@ def public(path: str) -> str:
     place = Path(bare)
     leads_out = place.is_absolute() or bare.startswith("~") or ".." in place.parts
     return place.name if leads_out else path
+
+
+def as_folder(name: str) -> str:
+    """A name of what is on no hub that no repository can have: a word alone may be a stranger's."""
+    return f"./{Path(name).name}"
 
 
 def recipe_text(recipe: recipes.Recipe) -> str:

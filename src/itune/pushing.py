@@ -70,7 +70,9 @@ def push(run: runs.Run, recipe: recipes.Recipe, say: Say) -> None:
         for folder, kind in _models(run):
             place = str(cards.repository(run, kind))
             _made(place, private=recipe.output.private)
-            url = _upload(place, _files(folder), f"itune {run.manifest['command']}: {recipe.name}")
+            url = _upload(
+                place, _files(folder, run), f"itune {run.manifest['command']}: {recipe.name}"
+            )
             say(f"pushed: {folder} to {url}")
     except (errors.EnvironmentRefusal, _Unreachable) as error:
         raise errors.EnvironmentRefusal(
@@ -103,20 +105,28 @@ def _models(run: runs.Run) -> Iterator[tuple[Path, str]]:
 def _name_the_base(run: runs.Run, say: Say) -> None:
     origin = run.manifest.get("origin", {})
     if run.recipe.adapter and origin.get("kind") not in (None, origins.HUB):
+        whole = cards.repository(run, cards.MERGED)
+        there = (run.dir / "merged").is_dir()
+        cure = f"{whole} is whole" if there else "output.merge: true pushes a whole model too"
         say(
             f"its base, {origin['name']}, is on no hub: others cannot load the adapter without a "
-            "copy of it. output.merge: true pushes a whole model too."
+            f"copy of it. {cure}."
         )
 
 
-def _files(folder: Path) -> dict[str, Any]:
-    """The files of a model by name; of an adapter's config without a path of this machine."""
+def _files(folder: Path, run: runs.Run) -> dict[str, Any]:
+    """The files of a model by name; of an adapter's config without a path of this machine.
+
+    A base that is on no hub has a name there which nobody can have given to a repository.
+    """
     files: dict[str, Any] = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     config = folder / "adapter_config.json"
     if config.is_file():
         settings = json.loads(config.read_text(encoding="utf-8"))
         base = str(settings["base_model_name_or_path"])
-        settings["base_model_name_or_path"] = origins.public(base)
+        if Path(base).is_absolute():
+            name = run.manifest.get("origin", {}).get("name") or base
+            settings["base_model_name_or_path"] = origins.as_folder(name)
         files[config.name] = (json.dumps(settings, indent=2) + "\n").encode()
     return files
 

@@ -17,6 +17,7 @@ from itune import (
     data,
     doctor,
     encoding,
+    errors,
     families,
     finishing,
     jobs,
@@ -47,6 +48,9 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
     place, settings = models.placement(recipe.model), recipe.training
     if recipe.adapter is not None:
         adapters.config(recipe.adapter, models.family_of(recipe.model))
+    if recipe.model.name is not None:
+        location = models.resolve(recipe.model.name, recipe.model.revision)
+        adapters.refuse_soft(recipe.model.name, models.adapter_of(location))
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
@@ -76,6 +80,11 @@ def _tuned(
     if settings.gradient_checkpointing:
         models.recompute(model)
     total, trainable = models.count(model)
+    if not trainable:
+        raise errors.RecipeError(
+            f"adapter: nothing of the model would be trained: all of its {total:,} parameters are "
+            "frozen. Look through the section, or leave it out to train all weights."
+        )
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     objective = objectives.of(encoder, settings)
     plan = starting.planned(

@@ -1,0 +1,142 @@
+"""Tuning on top of what was tuned: all weights of it, from anywhere, with where it came from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from conftest import Ended, Itune
+
+Cli = Callable[..., Any]
+RECIPE = """
+model: {name: ./model}
+adapter: {peft_type: lora, r: 4, target_modules: all-linear}
+data: {train: {path: rows.jsonl}}
+training: {max_steps: 3, tokens_per_step: 300, max_length: 128, heldout_rows: 0}
+"""
+ALL = RECIPE.replace("adapter: {peft_type: lora, r: 4, target_modules: all-linear}\n", "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_model_dir: Path) -> Path:
+    rows = [{"prompt": f"Where is {k}?", "completion": f"in room {k % 5}"} for k in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [{"text": f"Room {k} is beside room {k + 1}. " * 3} for k in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "lora.yaml").write_text(RECIPE)
+    (tmp_path / "all.yaml").write_text(ALL)
+    return tmp_path
+
+
+def test_all_weights_are_trained_on_top_of_an_adapter_as_of_the_merged_model(
+    folder: Path, cli: Cli
+) -> None:
+    from safetensors.torch import load_file
+
+    merged = ("-s", "output.merge=true", "-s", "training.learning_rate=0.01")
+    assert cli("tune", "-r", "lora.yaml", "-o", "runs/a", *merged).code == 0
+    found = {}
+    for name in ("runs/a", "runs/a/merged"):
+        out = f"runs/on-{Path(name).name}"
+        ended = cli("tune", "-r", "all.yaml", "-o", out, "-s", f"model.name={name}")
+        assert ended.code == 0, ended.err
+        manifest = json.loads(Path(out, "run.json").read_text())
+        assert manifest["trainable"] == manifest["parameters"]
+        found[name] = load_file(Path(out, "model/model.safetensors"))
+    start = load_file("runs/a/merged/model.safetensors")
+    for key, weight in found["runs/a"].items():
+        assert not weight.equal(start[key]), key
+        assert weight.equal(found["runs/a/merged"][key]), key
+    line = ("-r", "all.yaml", "-o", "runs/more", "-s", "model.name=runs/a")
+    ended = cli("pretrain", *line, "-s", "data.train.path=texts.jsonl")
+    assert ended.code == 0, ended.err
+
+
+def test_a_model_of_which_nothing_is_trained_is_an_error(folder: Path, cli: Cli) -> None:
+    frozen = "adapter={peft_type: lora, inference_mode: true}"
+    ended = cli("tune", "-r", "lora.yaml", "-s", frozen)
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "adapter: nothing of the model would be trained" in ended.err
+    assert not Path("runs/lora/log.jsonl").exists()
+
+
+def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
+    folder: Path, cli: Cli
+) -> None:
+    scratch = (
+        "{model_type: llama, tokenizer: ./model, hidden_size: 16, num_hidden_layers: 1,"
+        " num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 16}"
+    )
+    text = RECIPE.replace("{name: ./model}", f"{{from_scratch: {scratch}}}")
+    Path("new.yaml").write_text(text)
+    ended = cli("tune", "-r", "new.yaml")
+    assert ended.code == 0, ended.err
+    settings = json.loads(Path("runs/new/model/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(folder / "runs/new/base")
+    assert cli("generate", "--run", "runs/new", "Where is 3?").code == 0
+
+
+# --- an adapter of the hub ------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(hub: tuple[Path, dict[str, str | None]]) -> Path:
+    return hub[0]
+
+
+@pytest.fixture
+def cli_there(hub: tuple[Path, dict[str, str | None]], itune: Itune) -> Cli:
+    """The command in a process of its own: libraries read once where the hub is."""
+
+    def run(*arguments: object) -> Ended:
+        done = itune(*arguments, env=hub[1])
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_hub_is_tuned_on_as_one_of_a_folder(
+    root: Path, folder: Path, cli_there: Cli
+) -> None:
+    from safetensors.torch import load_file
+
+    shutil.copytree("model", root / "models/stack/base")
+    made = ("-s", "model.name=stack/base", "-s", "training.learning_rate=0.01")
+    assert cli_there("tune", "-r", "lora.yaml", "-o", "runs/a", *made).code == 0
+    shutil.copytree("runs/a/model", root / "models/stack/a")
+    (root / "models/stack/a/training.bin").write_text("pickled")
+    for name, recipe in (("here", "all.yaml"), ("there", "all.yaml"), ("lora", "lora.yaml")):
+        below = "runs/a" if name == "here" else "stack/a"
+        ended = cli_there("tune", "-r", recipe, "-o", f"runs/{name}", "-s", f"model.name={below}")
+        assert ended.code == 0, ended.err
+    here, there = (load_file(f"runs/{name}/model/model.safetensors") for name in ("here", "there"))
+    assert all(weight.equal(there[key]) for key, weight in here.items())
+    told = cli_there("generate", "--model", "stack/a", "--json", "Where is 3?")
+    assert told.out == cli_there("generate", "--model", "runs/a/model", "--json", "Where is 3?").out
+    card = huggingface_hub.ModelCard.load(Path("runs/there/model/README.md"))
+    assert card.data.base_model == "stack/a"
+    stacked = Path("runs/lora/model/README.md").read_text()
+    assert "[stack/a](https://huggingface.co/stack/a)" in stacked
+    assert "PATH_OF_THE_BASE" in stacked
+    assert "That base is on no hub" in stacked
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_hub_whose_base_is_on_none_is_told_of(
+    root: Path, folder: Path, cli_there: Cli
+) -> None:
+    assert cli_there("tune", "-r", "lora.yaml", "-o", "runs/a").code == 0
+    shutil.copytree("runs/a/model", root / "models/stack/lone")
+    config = root / "models/stack/lone/adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "model"), "./nowhere"))
+    ended = cli_there("tune", "-r", "lora.yaml", "-o", "runs/b", "-s", "model.name=stack/lone")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert "stack/lone: an adapter for './nowhere', which is on no hub and not here" in ended.err
+    assert "(stack/lone-merged)" in ended.err

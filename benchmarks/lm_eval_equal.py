@@ -25,7 +25,7 @@ import numpy as np
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from itune import formats, likelihoods, models, recipes
+from itune import formats, likelihoods, locating, models, recipes
 
 TASK = """\
 task: choices
@@ -102,7 +102,7 @@ def main() -> int:
         encoder = models.encoder(recipes.Model(name=str(folder)))
         stop = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id)
         rows = asked(given.evaluation, stop)
-        settings = models.adapter_of(str(folder))
+        settings = locating.adapter_of(str(folder))
         base = None if settings is None else settings["base_model_name_or_path"]
         theirs, ours = of_lm_eval(rows, folder, base), of_itune(rows, folder, stop)
         right = np.array([row["label"] for row in rows])

@@ -63,6 +63,7 @@ ORDER = (
     "probing",
     "vocabularies",
     "weights",
+    "locating",
     "adapters",
     "models",
     "fingerprints",

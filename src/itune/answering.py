@@ -140,11 +140,11 @@ class Answerer:
         return self._model
 
     def _served(self, engine: engines.Engine) -> engines.Served:
-        from itune import models
+        from itune import locating
 
         return engines.serve(
             engine,
-            models.resolve(self.location, self.named.revision),
+            locating.resolve(self.location, self.named.revision),
             self.wanted,
             dtype=str(self.place.dtype).removeprefix("torch."),
             family=self.encoder.family,
@@ -167,9 +167,9 @@ class Answerer:
 
     def tune(self, base: Answerer) -> None:
         """Take the base's model out of its hands and fold this one's adapter into it."""
-        from itune import adapters, models
+        from itune import adapters, locating
 
-        location = models.resolve(self.location, self.named.revision)
+        location = locating.resolve(self.location, self.named.revision)
         shared = isinstance(base.model, engines.Served)
         self._hold(
             base.model.adapted(location) if shared else adapters.folded(base.model, location)

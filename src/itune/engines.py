@@ -153,18 +153,18 @@ def serve(
     folder of one that `adapted` will put on it. Raises ModelError, OptionError: what cannot be
     served is refused before the engine starts.
     """
-    from itune import models, picking, weights
+    from itune import locating, picking, weights
 
     _refuse_family(location, family)
     base, ours = location, adapter
-    if (settings := models.adapter_of(location)) is not None:
+    if (settings := locating.adapter_of(location)) is not None:
         base, ours = str(settings["base_model_name_or_path"]), location
         revision = settings.get("revision")
         weights.check(base)
     options: dict[str, Any] = {"enable_lora": False}
     if ours is not None:
         options = {"enable_lora": True, "max_lora_rank": _rank(ours)}
-    if models.adapter_of(base) is not None:
+    if locating.adapter_of(base) is not None:
         raise errors.OptionError(
             f"--engine vllm: {base} is an adapter itself, and vLLM serves one on a whole model. "
             "Merge it (output.merge) and name its merged/ folder with --model."
@@ -190,10 +190,10 @@ def serve(
 
 
 def _loaded(location: str, call: Callable[[], Any]) -> Any:
-    from itune import models
+    from itune import locating
 
     try:
-        return models.from_library(location, call)
+        return locating.from_library(location, call)
     except TypeError as error:
         raise errors.OptionError(f"--engine vllm: {' '.join(str(error).split())}") from error
 
@@ -202,9 +202,9 @@ def _configs(base: str, revision: str | None) -> tuple[Any, Any]:
     """The config of a model and its generation config, as the loaded model would have them."""
     import transformers
 
-    from itune import models
+    from itune import locating
 
-    config = models.from_library(
+    config = locating.from_library(
         base,
         lambda: transformers.AutoConfig.from_pretrained(
             base, revision=revision, trust_remote_code=False
@@ -227,9 +227,9 @@ def _refuse_family(location: str, family: str) -> None:
 
 def _rank(location: str) -> int:
     """The `max_lora_rank` for an adapter. Raises OptionError for one that vLLM does not read."""
-    from itune import models
+    from itune import locating
 
-    settings = models.adapter_of(location) or {}
+    settings = locating.adapter_of(location) or {}
     kind, why = str(settings.get("peft_type", "")).lower(), ""
     unread = next((name for name in UNREAD if settings.get(name)), None)
     if kind != "lora":

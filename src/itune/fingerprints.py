@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from itune import errors, models, origins, storage
+from itune import errors, locating, origins, storage
 
 SMALL = (".json", ".jinja", ".model", ".txt")
 WEIGHTS = (".safetensors", ".bin")
@@ -24,11 +24,11 @@ def of(location: str, revision: str | None) -> dict[str, Any]:
 
     `revision`: as it is asked for; one of the hub is known by the commit that it stood for.
     """
-    folder = Path(models.resolve(location, revision))
+    folder = Path(locating.resolve(location, revision))
     if not folder.is_dir():
         return {"name": str(folder), "commit": origins.commit(location, revision)}
     found: dict[str, Any] = {"files": _files(folder)}
-    adapter = models.adapter_of(str(folder))
+    adapter = locating.adapter_of(str(folder))
     if adapter is not None:
         found["base"] = of(str(adapter["base_model_name_or_path"]), adapter.get("revision"))
     return found

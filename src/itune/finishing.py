@@ -23,6 +23,7 @@ from itune import (
     encoding,
     errors,
     families,
+    locating,
     models,
     origins,
     recipes,
@@ -56,8 +57,8 @@ def base_of(
     if recipe.adapter is None:
         return recipe.name
     if recipe.model.name is not None:
-        location = models.resolve(recipe.model.name, recipe.model.revision)
-        if models.adapter_of(location) is None:
+        location = locating.resolve(recipe.model.name, recipe.model.revision)
+        if locating.adapter_of(location) is None:
             # A path relative to where one stands would be found from there alone.
             return str(Path(location).absolute()) if Path(location).is_dir() else location
     folder = run.dir / "base"

@@ -210,12 +210,12 @@ def _answered(
     rival, other = _rival(ours, recipe, against)
     if other is None:
         return ours.answers(mine), ours.losses(), rival
-    from itune import models
+    from itune import locating
 
     theirs = predictions.Kept(folder, "against.jsonl", other.mark)
     texts = any(map(is_text, recipe.data.eval))
     shared = against == "base" and _adapts(ours, other)
-    other.awaited = models.resolve(ours.location) if shared else None
+    other.awaited = locating.resolve(ours.location) if shared else None
     if shared and not (other.complete(theirs) and ours.complete(mine) and not texts):
         answered, losses = other.answers(theirs), other.losses()
         if texts or not ours.complete(mine):
@@ -255,12 +255,12 @@ def _rival(
 
 def _adapts(ours: Answerer, base: Answerer) -> bool:
     """Whether ours is an adapter on that very base."""
-    from itune import models
+    from itune import locating
 
-    adapter = models.adapter_of(models.resolve(ours.location))
+    adapter = locating.adapter_of(locating.resolve(ours.location))
     if adapter is None:
         return False
-    return models.resolve(base.location) == str(adapter["base_model_name_or_path"])
+    return locating.resolve(base.location) == str(adapter["base_model_name_or_path"])
 
 
 def _keep(

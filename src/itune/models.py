@@ -1,4 +1,4 @@
-"""Models and tokenizers: found, built from scratch, given the dtype that the processor can do.
+"""Models and tokenizers: loaded, built from scratch, given the dtype that the processor can do.
 
 Needs torch.
 """
@@ -6,7 +6,6 @@ Needs torch.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, data, encoding, errors, families, origins, recipes, weights
+from itune import adapters, data, encoding, errors, families, locating, origins, recipes, weights
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 
@@ -83,7 +82,9 @@ def outline(wanted: recipes.Model) -> Any:
     config = config_of(wanted)
     auto = getattr(transformers, CLASSES[families.chosen(wanted.family, config)])
     with torch.device("meta"):
-        return from_library(wanted.name or "from_scratch", lambda: auto.from_config(config))
+        return locating.from_library(
+            wanted.name or "from_scratch", lambda: auto.from_config(config)
+        )
 
 
 def config_of(wanted: recipes.Model) -> Any:
@@ -95,12 +96,12 @@ def config_of(wanted: recipes.Model) -> Any:
         entries = {} if trained is None else {"vocab_size": trained, "pad_token_id": 0}
         return _blank_config(wanted.from_scratch, entries)
     name = wanted.name or ""
-    location, revision = resolve(name, wanted.revision), wanted.revision
-    adapter = adapter_of(location)
+    location, revision = locating.resolve(name, wanted.revision), wanted.revision
+    adapter = locating.adapter_of(location)
     if adapter is not None:
         location, revision = adapter["base_model_name_or_path"], adapter.get("revision")
         origins.refuse_absent_base(name, location)
-    return from_library(
+    return locating.from_library(
         name,
         lambda: transformers.AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=False
@@ -135,72 +136,6 @@ def cpu_has_bfloat16() -> bool:
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
 
 
-# --- where a model is ---------------------------------------------------------------------
-
-
-def resolve(name: str, revision: str | None = None) -> str:
-    """The folder or hub id that a recipe's `model.name` means; a run's folder means its model.
-
-    An adapter of the hub is fetched, so that it is a folder as any other: there its base is found.
-    Raises ModelError for a path that is not there or holds no model.
-    """
-    path = Path(name).expanduser()
-    if (path / "run.json").is_file():
-        if not (path / "model").is_dir():
-            raise errors.ModelError(
-                f"{name}: this run has no model yet, it is not finished. Run it again to finish it."
-            )
-        weights.check(str(path / "model"))
-        return str(path / "model")
-    if path.is_dir():
-        if not any((path / known).is_file() for known in ("config.json", origins.ADAPTER)):
-            raise errors.ModelError(
-                f"{name}: a folder without config.json or adapter_config.json, so no model. "
-                "Name the folder that holds the model's files."
-            )
-        weights.check(str(path))
-        return str(path)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix
-    if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise errors.ModelError(
-            f"{name}: no such folder, in {Path.cwd()}.{errors.nearest(path.name, near)}"
-        )
-    fetched = from_library(name, lambda: origins.fetched_adapter(name, revision))
-    if fetched is None:
-        return name
-    weights.check(fetched)
-    return str(fetched)
-
-
-def from_library(name: str, call: Any) -> Any:
-    """`call()`, with what the library raises for a missing or broken model put in our words."""
-    try:
-        return call()
-    except Exception as error:
-        # tokenizers raises Exception itself, peft and torch RuntimeErrors for other shapes.
-        if not isinstance(error, OSError | ValueError | ImportError | RuntimeError | KeyError) and (
-            type(error) is not Exception
-        ):
-            raise
-        text = " ".join(str(error).split())
-        if "offline" in text.lower() or "connect" in text.lower():
-            raise errors.EnvironmentRefusal(
-                f"{name}: no such folder here, and the hub cannot be reached. Name a local folder "
-                "with --set model.name=DIR, or go online."
-            ) from error
-        raise errors.ModelError(f"{name}: cannot be loaded: {text[:400]}") from error
-
-
-def adapter_of(location: str) -> dict[str, Any] | None:
-    """The adapter_config.json of a local adapter folder, or None when it is a whole model."""
-    path = Path(location) / origins.ADAPTER
-    if not path.is_file():
-        return None
-    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
-
-
 # --- tokenizers ---------------------------------------------------------------------------
 
 
@@ -214,8 +149,8 @@ def encoder(wanted: recipes.Model) -> encoding.Encoder:
 def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CAUSAL) -> Any:
     """The tokenizer of a model or run, with a chat template: its own, or itune's for a family."""
     alone = (Path(name) / "tokenizer.json").is_file()
-    location = name if alone else resolve(name, revision)
-    loaded = from_library(
+    location = name if alone else locating.resolve(name, revision)
+    loaded = locating.from_library(
         name,
         lambda: transformers.AutoTokenizer.from_pretrained(
             location, revision=revision, trust_remote_code=False
@@ -250,17 +185,17 @@ def load(
     starts from it. Raises ModelError, EnvironmentRefusal.
     """
     name = wanted.name or ""
-    location = resolve(name, wanted.revision)
+    location = locating.resolve(name, wanted.revision)
     if full:
         place = Placement(place.device, torch.float32, place.why)
-    if adapter_of(location) is not None:
+    if locating.adapter_of(location) is not None:
         if quantization is not None:
             raise errors.RecipeError(
                 f"quantization: {name} is an adapter on a base, which only together are whole. "
                 "Merge it first (output.merge) and name its merged/ folder."
             )
         return _merged_base(name, location, wanted, place)
-    config = from_library(
+    config = locating.from_library(
         name,
         lambda: transformers.AutoConfig.from_pretrained(
             location, revision=wanted.revision, trust_remote_code=False
@@ -278,7 +213,7 @@ def load(
     # The library alone is heard for faults of the model: what our own code raises keeps its name.
     model = weights.loaded(
         name,
-        lambda **asked: from_library(name, lambda: read(**asked)),
+        lambda **asked: locating.from_library(name, lambda: read(**asked)),
         head_may_be_new=kind == families.MASKED and quantization is None,
     )
     if quantization is None:
@@ -317,17 +252,17 @@ def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -
     """A saved adapter on its base, not quantised."""
     import peft
 
-    weights.check(str((adapter_of(location) or {}).get("base_model_name_or_path") or name))
+    weights.check(str((locating.adapter_of(location) or {}).get("base_model_name_or_path") or name))
     kind = family_of(wanted)
     autos = {
         families.CAUSAL: peft.AutoPeftModelForCausalLM,
         families.SEQ2SEQ: peft.AutoPeftModelForSeq2SeqLM,
     }
     if kind in autos:
-        return from_library(
+        return locating.from_library(
             name, lambda: autos[kind].from_pretrained(location, dtype=place.dtype, **SAFE)
         ).to(place.device)
-    settings = adapter_of(location) or {}
+    settings = locating.adapter_of(location) or {}
     below = wanted.model_copy(
         update={
             "name": settings["base_model_name_or_path"],
@@ -335,7 +270,7 @@ def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -
         }
     )
     base = load(below, place)
-    return from_library(name, lambda: peft.PeftModel.from_pretrained(base, location))
+    return locating.from_library(name, lambda: peft.PeftModel.from_pretrained(base, location))
 
 
 def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> Any:

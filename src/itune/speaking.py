@@ -15,6 +15,7 @@ from itune import (
     engines,
     errors,
     explaining,
+    locating,
     models,
     prompting,
     recipes,
@@ -116,7 +117,7 @@ def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) 
     if engine := engines.asked(asked.engine):
         model: Any = engines.serve(
             engine,
-            models.resolve(location),
+            locating.resolve(location),
             wanted,
             dtype=str(place.dtype).removeprefix("torch."),
             family=encoder.family,

@@ -22,6 +22,7 @@ from itune import (
     finishing,
     jobs,
     launching,
+    locating,
     models,
     objectives,
     origins,
@@ -49,8 +50,8 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
     if recipe.adapter is not None:
         adapters.config(recipe.adapter, models.family_of(recipe.model))
     if recipe.model.name is not None:
-        location = models.resolve(recipe.model.name, recipe.model.revision)
-        adapters.refuse_soft(recipe.model.name, models.adapter_of(location))
+        location = locating.resolve(recipe.model.name, recipe.model.revision)
+        adapters.refuse_soft(recipe.model.name, locating.adapter_of(location))
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):

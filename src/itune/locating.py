@@ -1,0 +1,80 @@
+"""Where a model is: a folder, that of a run, a repository of the hub; and what is missing there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from itune import errors, origins, weights
+
+
+def resolve(name: str, revision: str | None = None) -> str:
+    """The folder or hub id that a recipe's `model.name` means; a run's folder means its model.
+
+    An adapter of the hub is fetched, so that it is a folder as any other: there its base is found.
+    Raises ModelError for a path that is not there or holds no model.
+    """
+    path = Path(name).expanduser()
+    if (path / "run.json").is_file():
+        if not (path / "model").is_dir():
+            raise errors.ModelError(
+                f"{name}: this run has no model yet, it is not finished. Run it again to finish it."
+            )
+        weights.check(str(path / "model"))
+        return str(path / "model")
+    if path.is_dir():
+        if not _holds_model(path):
+            raise errors.ModelError(
+                f"{name}: a folder without config.json or adapter_config.json, so no model. "
+                "Name the folder that holds the model's files."
+            )
+        weights.check(str(path))
+        return str(path)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix
+    if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        near = [other.name for other in beside if _holds_model(other)]
+        raise errors.ModelError(
+            f"{name}: no such folder, in {Path.cwd()}.{errors.nearest(path.name, near)}"
+        )
+    fetched = from_library(name, lambda: origins.fetched_adapter(name, revision))
+    if fetched is None:
+        return name
+    weights.check(fetched)
+    return str(fetched)
+
+
+def from_library(name: str, call: Any) -> Any:
+    """`call()`, with what the library raises for a missing or broken model put in our words."""
+    try:
+        return call()
+    except Exception as error:
+        # tokenizers raises Exception itself, peft and torch RuntimeErrors for other shapes.
+        if not isinstance(error, OSError | ValueError | ImportError | RuntimeError | KeyError) and (
+            type(error) is not Exception
+        ):
+            raise
+        text = " ".join(str(error).split())
+        if "offline" in text.lower() or "connect" in text.lower():
+            raise errors.EnvironmentRefusal(
+                f"{name}: no such folder here, and the hub cannot be reached. Name a local folder "
+                "with --set model.name=DIR, or go online."
+            ) from error
+        raise errors.ModelError(f"{name}: cannot be loaded: {text[:400]}") from error
+
+
+def adapter_of(location: str) -> dict[str, Any] | None:
+    """The adapter_config.json of a local adapter folder, or None when it is a whole model."""
+    path = Path(location) / origins.ADAPTER
+    if not path.is_file():
+        return None
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def _holds_model(path: Path) -> bool:
+    """Whether a folder is a model's, an adapter's, or that of a run which has one."""
+    if (path / "run.json").is_file():
+        path = path / "model"
+    return any((path / known).is_file() for known in ("config.json", origins.ADAPTER))

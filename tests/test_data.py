@@ -247,7 +247,7 @@ def test_control_strings_of_answers_are_told_with_the_way_to_learn_them(tmp_path
     assert (made.counts.guarded, made.counts.allowed) == (4, 0)
     assert made.reports[0].held == {"<mask>": 2, "<think>": 2, "</think>": 1}
     said = "\n".join(starting.counted(made, 1))
-    assert "4 examples hold control strings of the model, which stay text. To learn" in said
+    assert "4 examples with control strings of the model, which stay text. To learn" in said
     assert "allow_control_tokens: ['<think>', '</think>', '<mask>']" in said
 
 
@@ -262,7 +262,7 @@ def test_answers_hold_the_control_tokens_that_their_source_allows(tmp_path: Path
         (2, {"<mask>": 2}),
         (0, {"<mask>": 2, "<think>": 2, "</think>": 1}),
     ]
-    assert "2 examples hold control tokens in their answers" in "\n".join(starting.counted(made, 1))
+    assert "2 examples with control tokens in the answer" in "\n".join(starting.counted(made, 1))
     whole = made.example(0)
     plain = encoder.conversation(
         [formats.Message("user", "say 0 <think>"), formats.Message("assistant", "b")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,3 +141,32 @@ def test_an_adapter_of_the_hub_whose_base_is_on_none_is_told_of(
     assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
     assert "stack/lone: an adapter for './nowhere', which is on no hub and not here" in ended.err
     assert "(stack/lone-merged)" in ended.err
+
+
+def test_a_name_that_is_no_model_offers_those_that_are(folder: Path, cli: Cli) -> None:
+    assert cli("tune", "-r", "all.yaml", "-o", "runs/done").code == 0
+    (folder / "runs/torn").mkdir()
+    (folder / "runs/torn/run.json").write_text('{"state": "failed"}')
+    ended = cli("tune", "-r", "all.yaml", "-o", "runs/new", "-s", "model.name=runs/dona")
+    assert ended.code == 2, ended.err
+    assert "runs/dona: no such folder" in ended.err
+    assert "done" in ended.err.split("no such folder")[1]
+    assert "torn" not in ended.err
+    assert "new" not in ended.err.split("no such folder")[1]
+
+
+def test_pretraining_says_its_perplexity(folder: Path, cli: Cli) -> None:
+    sets = ("data.eval={path: texts.jsonl}", "data.allow_overlap=true", "training.heldout_rows=8")
+    given = ("data.train.path=texts.jsonl", *sets)
+    ended = cli("pretrain", "-r", "all.yaml", *(x for each in given for x in ("-s", each)))
+    assert ended.code == 0, ended.err
+    loss, told = (ended.err.split(f"{name} ")[-1] for name in ("held-out loss", "perplexity"))
+    assert float(told.split()[0]) == pytest.approx(math.exp(float(loss.split(",")[0])), rel=1e-3)
+
+
+def test_what_a_method_needs_and_was_not_given_is_named(folder: Path, cli: Cli) -> None:
+    ended = cli("tune", "-r", "lora.yaml", "-s", "adapter={peft_type: adaption_prompt}")
+    assert ended.code == 2, ended.err
+    assert "these are not set: " in ended.err
+    assert "adapter_len" in ended.err
+    assert "adapter_layers" in ended.err

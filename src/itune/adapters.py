@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -130,11 +131,29 @@ def attach(
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
-        return peft.get_peft_model(model, wanted, revision=revision)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        with (
+            warnings.catch_warnings()
+        ):  # GPT-2's layers have their weights transposed: peft sees it
+            warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
+            return peft.get_peft_model(model, wanted, revision=revision)
+    except TypeError as error:  # a field that peft needs and has no default for
+        empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
+        raise errors.RecipeError(
+            f"adapter: does not go with {type(model).__name__} ({' '.join(str(error).split())}). "
+            f"Of its fields these are not set: {', '.join(empty) or 'none'}."
+        ) from error
+    except (ValueError, AttributeError, RuntimeError) as error:
         raise errors.RecipeError(
             f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
         ) from error
+
+
+def _own_fields(kind: type) -> list[str]:
+    """The fields that a method's config adds to those of every method."""
+    import peft
+
+    common = {each.name for each in dataclasses.fields(peft.PeftConfig)}
+    return [each.name for each in dataclasses.fields(kind) if each.name not in common]
 
 
 def keep_start(model: Any, settings: Mapping[str, Any], folder: Path) -> None:

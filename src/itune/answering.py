@@ -303,7 +303,8 @@ class Answerer:
         seconds = time.monotonic() - started
         self.seconds += seconds
         of_all = f" by this one of {sharing.world()} processes" if sharing.world() > 1 else ""
-        self.say(f"{self.location}: {task.name}: {len(cases)} answers in {seconds:.1f} s{of_all}")
+        many = f"{len(cases)} answer{'s' * (len(cases) != 1)}"
+        self.say(f"{self.location}: {task.name}: {many} in {seconds:.1f} s{of_all}")
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

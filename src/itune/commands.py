@@ -221,7 +221,7 @@ def _generate(common: Common, asked: prompting.Asked, fields: Mapping[str, Any])
     if waiting:
         _answer(common, asked, fields, waiting, finished)
     if common.output is not None:
-        many = f"{len(waiting)} answers" if len(waiting) != 1 else "1 answer"
+        many = f"{len(waiting)} answer{'s' * (len(waiting) != 1)}"
         screen.say(f"{many} written to {common.output}")
 
 

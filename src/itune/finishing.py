@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import datetime
+import math
 import resource
 import shutil
 import sys
@@ -108,6 +109,10 @@ def finish(
     now = datetime.datetime.now(datetime.timezone.utc)
     run.update(state="finished", finished=now.isoformat("T", "microseconds"))
     heldout = "" if outcome.heldout_loss is None else f", held-out loss {outcome.heldout_loss:.4f}"
+    if heldout and run.manifest["command"] == "pretrain":
+        # Of hidden tokens alone where the model is no decoder.
+        name = "perplexity" if encoder.family == families.CAUSAL else "pseudo-perplexity"
+        heldout += f", {name} {math.exp(min(outcome.heldout_loss or 0.0, 700.0)):.2f}"
     say(
         f"done: {outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s "
         f"({outcome.tokens / max(outcome.seconds, 1e-9):,.0f} a second)"

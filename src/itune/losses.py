@@ -47,8 +47,10 @@ def summed(
     head = head or (KEPT if keeps_logits(model) else FULL)
     if head == TARGETS:
         with _losing(output_layer(model), batch, each):
-            loss: torch.Tensor = model(**batch.inputs()).logits.reshape(())
-        return loss
+            loss: torch.Tensor = model(**batch.inputs()).logits
+        if loss.numel() != 1:  # BART adds a bias of its own, for one
+            raise ValueError("the model changes the logits that its output layer gives")
+        return loss.reshape(())
     logits = _kept(model, batch) if head == KEPT else _full(model, batch)
     if each is not None:
         with torch.no_grad():

@@ -170,15 +170,18 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
     )
     held = guarding.to_allow(text for report in corpus.reports for text in report.held)
     cures = (
-        (counts.truncated, "prompts cut to training.max_length. Raise it to keep them whole"),
-        (counts.too_long, "rows left out, too long with their answer. Raise training.max_length"),
-        (counts.dropped - counts.too_long, "rows left out, nothing to learn. Check the template"),
-        (counts.empty, "rows empty and left out. Take them out of the data"),
-        (counts.guarded, f"examples hold control strings of the model, which stay text{held}"),
-        (counts.allowed, "examples hold control tokens in their answers, as allowed"),
-        (counts.duplicated, "rows say what an earlier row says. Take them out if that is unwanted"),
+        (counts.truncated, "prompt", "cut to training.max_length. Raise it to keep {} whole"),
+        (counts.too_long, "row", "left out, too long with the answer. Raise training.max_length"),
+        (counts.dropped - counts.too_long, "row", "left out, nothing to learn. Check the template"),
+        (counts.empty, "row", "empty and left out. Take {} out of the data"),
+        (counts.guarded, "example", f"with control strings of the model, which stay text{held}"),
+        (counts.allowed, "example", "with control tokens in the answer, as allowed"),
+        (counts.duplicated, "row", "as an earlier one. Take {} out if that is unwanted"),
     )
-    yield from (f"training data: {number:,} {cure}." for number, cure in cures if number)
+    for number, thing, cure in cures:
+        if number:
+            said = cure.replace("{}", "it" if number == 1 else "them")
+            yield f"training data: {number:,} {thing}{'s' * (number > 1)} {said}."
 
 
 def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any]:

@@ -170,3 +170,22 @@ def test_what_a_method_needs_and_was_not_given_is_named(folder: Path, cli: Cli) 
     assert "these are not set: " in ended.err
     assert "adapter_len" in ended.err
     assert "adapter_layers" in ended.err
+
+
+def test_the_card_names_every_stage_with_its_data(folder: Path, cli: Cli) -> None:
+    assert cli("pretrain", "-r", "all.yaml", "-s", "data.train.path=texts.jsonl").code == 0
+    for name, base in (("second", "runs/all"), ("third", "runs/second")):
+        ended = cli("tune", "-r", "lora.yaml", "-o", f"runs/{name}", "-s", f"model.name={base}")
+        assert ended.code == 0, ended.err
+    card = (folder / "runs/third/model/README.md").read_text()
+    stages = [line for line in card.splitlines() if line.startswith("* Before it: ")]
+    assert len(stages) == 2
+    for stage, told in zip(
+        stages,
+        (
+            ("`all`", "pretrain", "`texts.jsonl`", "`./model`"),
+            ("`second`", "tune", "`rows.jsonl`", "`./all`"),
+        ),
+        strict=True,
+    ):
+        assert all(each in stage for each in told), stage

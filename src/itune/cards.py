@@ -254,6 +254,12 @@ class _Card:
                     f": {report['counts']['read']:,} rows (sha256 {code(report['rows'][:16])})",
                 ]
             )
+        for stage in self.origin.get("stages", []):
+            data = ", ".join(map(code, stage["data"])) or "data that its folder no longer names"
+            yield (
+                f"* Before it: {code(stage['run'])}, `itune {plain(str(stage['command']))}` of "
+                f"{code(stage['base'])} on {data}"
+            )
         if counts:
             yield ""
             yield (

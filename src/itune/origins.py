@@ -83,10 +83,12 @@ def of(recipe: recipes.Recipe, family: str) -> dict[str, Any]:
     """What run.json keeps of a base: its kind, its name, commit and license where known.
 
     `root` is the model of the hub at the bottom, through any number of runs; None where there is
-    none.
+    none. `stages`: of each of these runs, the first before the others, its name, command, base and
+    training data.
     """
     name = recipe.model.name
     made: dict[str, Any] = {"family": family, "commit": None, "license": None, "root": None}
+    made["stages"] = []
     if name is None:
         scratch = recipe.model.from_scratch
         return {**made, "kind": SCRATCH, "name": scratch.model_type if scratch else "nothing"}
@@ -103,9 +105,19 @@ def of(recipe: recipes.Recipe, family: str) -> dict[str, Any]:
     if run is None:
         return {**made, "kind": FOLDER, "name": folder.name}
     below = runs.Run(run)
-    before = below.manifest.get("origin") or {}
+    manifest = below.manifest
+    before = manifest.get("origin") or {}
     made["license"] = made["license"] or before.get("license")
-    return {**made, "kind": RUN, "name": run.name, "root": before.get("root")}
+    sources = manifest.get("data", {}).get("train", {}).get("sources", [])
+    hub = before.get("kind") in (HUB, ADAPTED, SCRATCH)
+    stage = {
+        "run": run.name,
+        "command": manifest.get("command"),
+        "base": before.get("name", "") if hub else as_folder(before.get("name", "")),
+        "data": [public(each["path"]) for each in sources],
+    }
+    stages = [*before.get("stages", []), stage]
+    return {**made, "kind": RUN, "name": run.name, "root": before.get("root"), "stages": stages}
 
 
 def _license(card: Path) -> str | None:

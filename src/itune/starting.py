@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from itune import (
+    adapters,
     batches,
     charts,
     contamination,
@@ -23,6 +24,7 @@ from itune import (
     models,
     objectives,
     plans,
+    probing,
     recipes,
     runs,
     samples,
@@ -60,13 +62,45 @@ def planned(
     )
 
 
+def path(
+    model: Any,
+    encoder: encoding.Encoder,
+    corpus: data.Corpus,
+    settings: recipes.Training,
+    autocast: probing.Autocast,
+) -> probing.Path:
+    """How the run computes, by the probe."""
+    padding = objectives.collate(encoder, model, settings)
+    prepends = adapters.prepends(model)
+    if prepends and padding is None:
+        padding = batches.padder(encoder.tokenizer.pad_token_id, places=False)
+    return probing.choose(
+        model,
+        int(corpus.lengths.max()),
+        packing=settings.packing,
+        autocast=autocast,
+        padding=padding,
+        packed=None if prepends else objectives.packed(encoder, model, settings),
+    )
+
+
 def prepared(
     recipe: recipes.Recipe, run: runs.Run, say: Say
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
-    """The encoder, the training data and the held-out data."""
-    settings, command = recipe.training, str(run.manifest["command"])
-    made = tokenizer(recipe, run, command)
-    encoder = families.encoder(models.family_of(recipe.model), made)
+    """The encoder, the training data and the held-out data of a run."""
+    command = str(run.manifest["command"])
+    encoder, corpus, heldout = read(recipe, tokenizer(recipe, run, command), command)
+    _refuse_other_rows(run, corpus)
+    contamination.check(recipe, run, say, keep=launching.is_main())
+    return encoder, corpus, heldout
+
+
+def read(
+    recipe: recipes.Recipe, tokenizer: Any, command: str
+) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
+    """The encoder, the training data and the held-out data of a recipe."""
+    settings = recipe.training
+    encoder = families.encoder(models.family_of(recipe.model), tokenizer)
     corpus = data.corpus(
         recipe.data.train,
         encoder,
@@ -75,13 +109,11 @@ def prepared(
         command=command,
         max_dropped=recipe.data.max_dropped,
     )
-    _refuse_other_rows(run, corpus)
     heldout = data.heldout(recipe, encoder, command)
     objective = objectives.of(encoder, settings)
     corpus = objectives.counted(corpus, objective, encoder.room)
     if heldout is not None:
         heldout = objectives.counted(heldout, objective, encoder.room)
-    contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
 
 
@@ -150,6 +182,17 @@ def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -
     if recipe.training.use_liger_kernel:
         models.use_liger(model, place)
     return model
+
+
+def refuse_untrained(model: Any) -> tuple[int, int]:
+    """(parameters, trainable ones) of a model. Raises RecipeError where nothing is trained."""
+    total, trainable = models.count(model)
+    if not trainable:
+        raise errors.RecipeError(
+            f"adapter: nothing of the model would be trained: all of its {total:,} parameters are "
+            "frozen. Look through the section, or leave it out to train all weights."
+        )
+    return total, trainable
 
 
 def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:

@@ -190,11 +190,11 @@ def _preview(
 
 
 def _plan(recipe: recipes.Recipe, command: str, common: Common, screen: console.Screen) -> None:
-    from itune import forecasting
+    from itune import costing, forecasting
 
     still()
     processes = common.processes or recipe.launch.num_processes or 1
-    found = forecasting.forecast(recipe, command, processes, screen.say)
+    found = costing.forecast(recipe, command, processes, screen.say)
     screen.table(f"{command}: {recipe.name}", ("what", "as planned"), forecasting.rows(found))
     emit(common, found.plain())
 

@@ -10,7 +10,7 @@ import math
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,21 @@ def finish(
         f"done: {outcome.steps} steps, {outcome.tokens:,} tokens in {outcome.seconds:.0f} s "
         f"({outcome.tokens / max(outcome.seconds, 1e-9):,.0f} a second)"
     )
+    if planned := run.manifest.get("planned"):
+        say(_beside(planned, run.manifest["memory"], outcome.seconds))
     say(f"loss {outcome.loss:.4f} over the last twentieth{heldout}")
     if recipe.output.merge and recipe.adapter is not None:
         merge(run, say)
     say(f"the model is in {run.model_dir}, a report in {reports.write(run)}")
+
+
+def _beside(planned: Mapping[str, Any], held: Mapping[str, int], seconds: float) -> str:
+    """What a run took beside what its plan said."""
+    took = held["device"] or held["process"]
+    return (
+        f"as planned, and as it was: {planned['seconds']:.0f} and {seconds:.0f} s, "
+        f"{planned['memory_bytes']['peak'] / 1e9:.2f} and {took / 1e9:.2f} GB at most"
+    )
 
 
 def _memory() -> dict[str, int]:

@@ -160,8 +160,8 @@ def checkpoints_more(settings: recipes.Training, steps: int, left: int, there: i
 
 def result_bytes(recipe: recipes.Recipe, model: Any) -> int:
     """Bytes of what a run leaves behind for good."""
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    whole = sum(p.nbytes for p in model.parameters())
+    trained: int = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    whole: int = sum(p.nbytes for p in model.parameters())
     return whole if recipe.adapter is None else trained + whole * recipe.output.merge
 
 

@@ -40,7 +40,7 @@ def _grouped(rows: Any, matrices: Any, *_: Any) -> int:
 
 aten = torch.ops.aten
 # What torch's own counter, made for GPUs, does not know.
-FLOPS = {
+FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attended,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attended_back,
     aten._grouped_mm: _grouped,
@@ -137,7 +137,7 @@ class _Live(TorchDispatchMode):
     """Counts the bytes of every storage that is made within, by part, until it is gone."""
 
     def __init__(self, model: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         parameters = list(model.parameters())
         self._trained = {(p.shape, p.dtype) for p in parameters if p.requires_grad}
         self._shapes = {p.shape for p in parameters if p.ndim > 1}
@@ -171,7 +171,7 @@ class _Live(TorchDispatchMode):
 
     def _counted(self, kind: Any, args: Any, kwargs: Any, out: Any) -> int:
         if kind in FLOPS:
-            return FLOPS[kind](*args)
+            return int(FLOPS[kind](*args))
         known = flop_registry.get(kind)
         return 0 if known is None else int(known(*args, **kwargs, out_val=out))
 

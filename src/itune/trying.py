@@ -183,7 +183,7 @@ def operations_a_second(place: models.Placement) -> float:
     return 2 * size**3 / best
 
 
-def small_enough(tokens: int, parameters: int, speed: float) -> bool:
-    """Whether a model's trial would take no longer than one waits: six operations a token and
-    parameter (https://arxiv.org/abs/2001.08361), at a third of the device's best."""
-    return 6 * parameters * tokens / (speed / 3) < MOST / 4
+def tokens(parameters: int, speed: float) -> float:
+    """Tokens of a micro-batch that is soon computed: six operations a token and parameter
+    (https://arxiv.org/abs/2001.08361), at a third of the device's best."""
+    return MOST / 5 * (speed / 3) / (6 * parameters)

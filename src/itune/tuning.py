@@ -18,6 +18,7 @@ from itune import (
     encoding,
     families,
     finishing,
+    forecasting,
     jobs,
     launching,
     locating,
@@ -102,6 +103,7 @@ def _tuned(
             path={"layout": path.layout, "head": path.head, "why": path.why},
             data={"train": starting.for_the_record(recipe, corpus)},
             steps=len(plan),
+            planned=forecasting.kept(recipe, accelerator.num_processes),
         )
     rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
     job = sizing.fitted(job, settings, run, accelerator, screen.say)

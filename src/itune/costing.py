@@ -1,0 +1,368 @@
+"""What a run will cost, before any weight is read: memory, time, disk, money, and whether it fits.
+
+Needs torch. Counts come from the model's outline, bytes from a step on tensors without memory,
+seconds from a few micro-batches tried here, or where that cannot be from operations and a peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from itune import (
+    attention,
+    batches,
+    cheaper,
+    doctor,
+    errors,
+    families,
+    forecasting,
+    gradients,
+    losses,
+    memory,
+    models,
+    objectives,
+    optimizers,
+    outlines,
+    plans,
+    probing,
+    recipes,
+    rehearsing,
+    simulating,
+    starting,
+    trying,
+)
+
+WHOLE = 6  # chosen: layers up to which a step is gone through whole; beyond, what one more adds
+FEW, MORE = 2, 4
+SHARE = 0.9  # of a device's free memory may be planned for, as when micro-batches are tried
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroups v2)
+
+
+def forecast(
+    recipe: recipes.Recipe, command: str, processes: int, say: Callable[[str], None]
+) -> forecasting.Forecast:
+    """What a run of a recipe will cost. Raises UserError as the run would, before its first step,
+    and EnvironmentRefusal where the memory does not hold it, with what would make it fit.
+    """
+    found = _Made(recipe, command, processes, say).forecast()
+    forecasting.keep(found, recipe)
+    return found
+
+
+class _Made:
+    """The parts from which a forecast follows; those of a changed recipe follow from it too."""
+
+    def __init__(
+        self, recipe: recipes.Recipe, command: str, processes: int, say: Callable[[str], None]
+    ) -> None:
+        self.recipe, self.command, self.processes = recipe, command, processes
+        self.place = models.placement(recipe.model)
+        self.tokenizer = starting.tokenizer(recipe, None, command)
+        self.encoder, self.corpus, self.heldout = starting.read(recipe, self.tokenizer, command)
+        for line in (
+            *starting.counted(self.corpus, recipe.training.seed),
+            *starting.mixed(recipe, self.corpus),
+        ):
+            say(line)
+        doctor.check(recipe, self.encoder, say)
+        self.config = outlines.config(recipe, self.tokenizer)
+        self.outline = self._outline(recipe, None)
+        models.check_fits(self.outline, self.corpus, recipe.training.max_length)
+        starting.refuse_untrained(self.outline)
+        self.tried, self.program = recipe, memory.held()
+
+    @functools.cached_property
+    def speed(self) -> float:
+        """Operations a second of this device at its best."""
+        return trying.operations_a_second(self.place)
+
+    def _outline(self, recipe: recipes.Recipe, layers: int | None) -> Any:
+        settings = self.config if layers is None else outlines.cut(self.config, layers)
+        return outlines.model(recipe, settings, self.place, torch.device("meta"))
+
+    def planned(self, path: probing.Path, recipe: recipes.Recipe | None = None) -> plans.Plan:
+        """The plan of steps of a path."""
+        training = (recipe or self.recipe).training
+        changing = objectives.of(self.encoder, training) is not None and any(self.corpus.plain)
+        return starting.planned(
+            training,
+            self.corpus,
+            world=self.processes,
+            padded=path.padded,
+            changing=changing,
+        )
+
+    def forecast(self) -> forecasting.Forecast:
+        """All of it. Raises EnvironmentRefusal for what does not fit."""
+        trials = self._trials()
+        path = trials[-1].path if trials else self._likely()
+        plan = self.planned(path)
+        fixed, per, flops = self._memory(self.recipe, path, plan)
+        allocator = self._allocator(trials, path)
+        available = self._available()
+        plan, held = self._filled(plan, fixed, per, available)
+        parts = self._parts(fixed, held, allocator)
+        total, trainable = models.count(self.outline)
+        typical = trying.typical(plan)
+        spread = sum(map(plan.cost, typical)) / sum(plan.lengths[r].sum() for r in typical)
+        operations = int(flops * plan.tokens * spread)
+        seconds, share, how = self._seconds(trials, plan, operations, spread)
+        found = forecasting.Forecast(
+            command=self.command,
+            computing=self.place.why,
+            processes=self.processes,
+            parameters=total,
+            trainable=trainable,
+            tokens=plan.tokens,
+            steps=len(plan),
+            flops=operations,
+            memory=parts,
+            available=available,
+            micro_batch_tokens=plan.micro_batch_tokens,
+            disk=self._disk(plan),
+            seconds=seconds,
+            beside=self._heldout_tokens(plan) * share / 3,
+            how=how,
+            path=path.why,
+            cost=None,
+            energy=None,
+        )
+        hours = (found.seconds + found.beside) / 3600
+        price, watts = self.recipe.plan.price_per_hour, self.recipe.plan.watts
+        found = replace(
+            found,
+            cost=None if price is None else round(price * hours, 4),
+            energy=None if watts is None else round(watts * hours, 1),
+        )
+        if not found.fits:
+            longest = int(self.corpus.lengths.max())
+            known = cheaper.changes(self.recipe, longest, self.encoder.family)
+            raise errors.EnvironmentRefusal(
+                cheaper.told(
+                    found,
+                    self.recipe,
+                    known,
+                    lambda changed: self._peak(changed, path, allocator, available),
+                )
+            )
+        return found
+
+    # --- memory ---
+
+    def _memory(
+        self, recipe: recipes.Recipe, path: probing.Path, plan: plans.Plan
+    ) -> tuple[dict[str, int], dict[str, float], float]:
+        """Bytes whatever the micro-batch, bytes of each part a token of it, operations a token."""
+        outline = self.outline if recipe is self.recipe else self._outline(recipe, None)
+        parts, flops = self._stepped(recipe, path, plan)
+        trained = sum(p.nbytes for p in outline.parameters() if p.requires_grad)
+        fixed = {
+            "weights": outlines.weights_bytes(outline, recipe.quantization),
+            "optimizer": optimizers.state_bytes(outline, recipe.training),
+        }
+        if self.processes > 1:
+            fixed["communication"] = trained + min(trained, 4 * gradients.CHUNK)
+        if recipe.quantization is not None:
+            fixed["unpacked"] = outlines.unpacked_bytes(outline)
+        fixed["gradients"] = parts.pop(simulating.GRADIENTS, 0)
+        tokens = plan.cost(trying.heaviest(plan))
+        return fixed, {key: value / tokens for key, value in parts.items()}, flops
+
+    def _stepped(
+        self, recipe: recipes.Recipe, path: probing.Path, plan: plans.Plan
+    ) -> tuple[dict[str, int], float]:
+        """The peak of a step by part, and operations a token, of the whole model."""
+        depth = outlines.layers(self.config)
+        if depth is None or depth <= WHOLE:
+            return self._simulated(recipe, path, plan, None)
+        (few, low), (more, high) = (
+            self._simulated(recipe, path, plan, layers) for layers in (FEW, MORE)
+        )
+        further = (depth - FEW) / (MORE - FEW)
+        parts = {
+            key: max(0, int(few.get(key, 0) + further * (more.get(key, 0) - few.get(key, 0))))
+            for key in {**few, **more}
+        }
+        return parts, low + further * (high - low)
+
+    def _simulated(
+        self, recipe: recipes.Recipe, path: probing.Path, plan: plans.Plan, layers: int | None
+    ) -> tuple[dict[str, int], float]:
+        whole = layers is None and recipe is self.recipe
+        model = self.outline if whole else self._outline(recipe, layers)
+        own = model.config._attn_implementation
+        if path.layout == probing.ROWS:
+            attention.register()
+            model.set_attn_implementation(attention.NAME)
+        heaviest, typical = trying.heaviest(plan), trying.typical(plan)[1]
+        # Where a step has one micro-batch, no earlier one has left its gradient.
+        several = len(plan.step(0).ranks[0]) > 1
+        rows = [typical, heaviest] if several else [heaviest]
+        collate = path.collate(self.tokenizer.pad_token_id)
+        held = simulating.held(
+            model,
+            [collate(self.corpus, each) for each in rows],
+            recipe.training,
+            head=path.head,
+            autocast=trying.autocast(recipe, replace(self.place, device=torch.device("cpu"))),
+        )
+        model.set_attn_implementation(own)
+        return dict(held.bytes), sum(held.flops) / sum(map(plan.cost, rows))
+
+    def _filled(
+        self,
+        plan: plans.Plan,
+        fixed: Mapping[str, int],
+        per: Mapping[str, float],
+        available: int,
+    ) -> tuple[plans.Plan, dict[str, int]]:
+        """The plan with the micro-batches that a GPU's memory holds, and the bytes of their parts.
+
+        On a CPU, and where the recipe says how large they are, those of the plan.
+        """
+        tokens, each = plan.cost(trying.heaviest(plan)), sum(per.values())
+        if self.place.device.type == "cuda" and self.recipe.training.micro_batch_tokens is None:
+            most = -(-self.recipe.training.tokens_per_step // self.processes)
+            longest = int(self.corpus.lengths.max())
+            room = int((SHARE * available - sum(fixed.values())) / max(each, 1e-9))
+            tokens = max(longest, min(most, room))
+            plan = replace(plan, micro_batch_tokens=tokens)
+        return plan, {key: int(value * tokens) for key, value in per.items()}
+
+    def _parts(
+        self, fixed: Mapping[str, int], held: Mapping[str, int], allocator: float
+    ) -> dict[str, int]:
+        parts = {**fixed, **held}
+        parts["allocator"] = int(allocator * sum(parts.values()))
+        if self.place.device.type == "cpu":
+            parts = {"program": self.program, **parts}
+        return {**parts, "peak": sum(parts.values())}
+
+    def _allocator(self, trials: list[trying.Trial], path: probing.Path) -> float:
+        """What a trial held beyond what its tensors add up to, as a share of that."""
+        if not trials or not trials[-1].held:
+            return 0.0
+        tried = trials[-1]
+        outline, plan = self._outline(self.tried, tried.layers), self.planned(path, self.tried)
+        parts, _ = self._simulated(self.tried, path, plan, tried.layers)
+        known = outlines.weights_bytes(outline, None) + sum(parts.values())
+        known += optimizers.state_bytes(outline, self.recipe.training)
+        return max(0.0, tried.held / max(known, 1) - 1)
+
+    def _available(self) -> int:
+        if self.recipe.plan.memory is not None:
+            return int(self.recipe.plan.memory * 1e9)
+        left = memory.left(self.place.device)
+        if left is not None:
+            return left
+        found = psutil.virtual_memory().available + self.program
+        with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+            found = min(found, int(LIMIT.read_text()))
+        return int(found // self.processes)
+
+    # --- time ---
+
+    def _trials(self) -> list[trying.Trial]:
+        """The model tried whole, or with one layer and with two; nothing where that is too much."""
+        if self.recipe.plan.tflops is not None:
+            return []
+        depth = outlines.layers(self.config)
+        for wanted in ((None,), (1, 2)):
+            if wanted[0] is not None and (depth is None or depth <= 2):
+                return []
+            tokens = self._can_try(self._outline(self.recipe, wanted[-1]))
+            if tokens:
+                training = self.recipe.training.model_copy(update={"micro_batch_tokens": tokens})
+                self.tried = self.recipe.model_copy(update={"training": training})
+                return [self._trial(layers) for layers in wanted]
+        return []
+
+    def _trial(self, layers: int | None) -> trying.Trial:
+        return trying.trial(
+            self.tried,
+            self.config,
+            self.encoder,
+            self.corpus,
+            self.place,
+            lambda path: self.planned(path, self.tried),
+            layers=layers,
+        )
+
+    def _can_try(self, outline: Any) -> int:
+        """Tokens of a micro-batch with which a model's trial has room, and an end that one waits
+        for; 0 where there are none.
+        """
+        kept = outlines.weights_bytes(outline, None)
+        kept += 2 * optimizers.state_bytes(outline, self.recipe.training)
+        if kept > self._available() / 2:
+            return 0
+        training, longest = self.recipe.training, int(self.corpus.lengths.max())
+        able = int(trying.tokens(models.count(outline)[0], self.speed))
+        wanted = training.micro_batch_tokens or min(training.tokens_per_step, batches.MICRO_TOKENS)
+        return 0 if able < longest else min(able, max(wanted, longest))
+
+    def _likely(self) -> probing.Path:
+        """The path of a model that is not tried, by what its kind allows."""
+        layer = losses.output_layer(self.outline)
+        capped = getattr(self.outline.config, "final_logit_softcapping", None) is not None
+        head = losses.TARGETS if losses.is_plain(layer) and not capped else losses.KEPT
+        if head == losses.KEPT and not losses.keeps_logits(self.outline):
+            head = losses.FULL
+        packs = self.recipe.training.packing and self.encoder.family == families.CAUSAL
+        layout = probing.ROWS if packs else probing.PADDING
+        why = f"batches: {probing.LAYOUTS[layout]}, {probing.HEADS[head]} (not tried)"
+        padding = objectives.collate(self.encoder, self.outline, self.recipe.training)
+        return probing.Path(layout, head, why, padding)
+
+    def _seconds(
+        self, trials: list[trying.Trial], plan: plans.Plan, operations: int, spread: float
+    ) -> tuple[float, float, str]:
+        """Seconds of the steps, of one token, and what they follow from."""
+        devices = self.processes if self.place.device.type == "cuda" else 1
+        if not trials:
+            asked, share = self.recipe.plan.tflops, self.recipe.plan.efficiency
+            peak = 1e12 * asked if asked else self.speed
+            seconds = operations / (peak * share * self.processes)
+            named = f"{peak / 1e12:,.2f} TFLOPS a device at {share:.0%}"
+            return seconds, seconds / max(1, plan.tokens), named
+        first, last = trials[0], trials[-1]
+        per_token, per_step, depth = last.per_token, last.per_step, outlines.layers(self.config)
+        how = "tried here, the whole model"
+        if last.layers is not None and depth is not None:
+            per_token += (depth - last.layers) * max(0.0, last.per_token - first.per_token)
+            per_step *= models.count(self.outline)[1] / max(1, last.trained)
+            how = f"tried here with {first.layers} and {last.layers} of {depth} layers"
+        seconds = plan.tokens * spread * per_token / devices + len(plan) * per_step
+        return seconds, per_token / devices, how
+
+    def _heldout_tokens(self, plan: plans.Plan) -> int:
+        if self.heldout is None:
+            return 0
+        every = plans.share_or_count(self.recipe.training.eval_steps, len(plan))
+        return int(self.heldout.lengths.sum()) * math.ceil(len(plan) / every)
+
+    def _disk(self, plan: plans.Plan) -> int:
+        training, steps = self.recipe.training, len(plan)
+        trained = sum(p.nbytes for p in self.outline.parameters() if p.requires_grad)
+        checkpoint = trained + optimizers.state_bytes(self.outline, training)
+        more = rehearsing.checkpoints_more(training, steps, steps)
+        return int(more * checkpoint + rehearsing.result_bytes(self.recipe, self.outline))
+
+    # --- what does not fit ---
+
+    def _peak(
+        self, recipe: recipes.Recipe, path: probing.Path, allocator: float, available: int
+    ) -> int:
+        plan = self.planned(path, recipe)
+        fixed, per, _ = self._memory(recipe, path, plan)
+        _, held = self._filled(plan, fixed, per, available)
+        return int(self._parts(fixed, held, allocator)["peak"])

@@ -141,15 +141,18 @@ def test_what_does_not_fit_is_refused_with_what_would(cli: Any, recipe: Path, la
 
 @pytest.mark.parametrize("family", ["seq2seq", "masked"])
 def test_every_family_has_a_plan(
-    cli: Any, request: pytest.FixtureRequest, tmp_path: Path, family: str
+    cli: Any, request: pytest.FixtureRequest, recipe: Path, tmp_path: Path, family: str
 ) -> None:
     """Encoders and encoder-decoders are tried and counted as decoders are."""
     texts = [f"The {n}th day was as long as the {n + 1}th, but colder." for n in range(64)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     model = request.getfixturevalue(f"tiny_{family}_dir")
-    found = planned(
-        cli, "pretrain", "-s", f"model.name={model}", "-s", "data.train.path=texts.jsonl"
+    given = (
+        ("tune", "-r", recipe)
+        if family == "seq2seq"
+        else ("pretrain", "-s", "data.train.path=texts.jsonl")
     )
+    found = planned(cli, *given, "-s", f"model.name={model}")
     assert found["how"] == "tried here, the whole model"
     assert found["seconds"] > 0
     assert found["memory_bytes"]["activations"] > 0

@@ -161,7 +161,7 @@ def head_loss(
 
     states [rows, width], weight [vocabulary, width], wanted int64 [rows]; `chunk` rows at a time.
     """
-    chunk = chunk or (CHUNK if weight.shape[0] < WIDE else CHUNK // 2)
+    chunk = chunk or chunk_of(weight)
     if not fused():
         loss: torch.Tensor = Chunked.apply(states, weight, bias, wanted, chunk)  # type: ignore[no-untyped-call]
         return loss
@@ -169,6 +169,11 @@ def head_loss(
     return F.linear_cross_entropy(
         states, weight, wanted, linear_bias=bias, reduction="sum", options=options
     )
+
+
+def chunk_of(weight: torch.Tensor) -> int:
+    """How many rows at a time: fewer where each has a wide vocabulary's logits."""
+    return CHUNK if weight.shape[0] < WIDE else CHUNK // 2
 
 
 @functools.cache

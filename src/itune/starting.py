@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from itune import (
-    batches,
+    canaries,
     charts,
     contamination,
     data,
@@ -22,7 +22,6 @@ from itune import (
     launching,
     models,
     objectives,
-    plans,
     recipes,
     runs,
     samples,
@@ -32,34 +31,6 @@ from itune import (
 Say = Callable[[str], None]
 
 
-def planned(
-    settings: recipes.Training,
-    corpus: data.Corpus,
-    *,
-    world: int,
-    padded: bool,
-    changing: bool = False,
-) -> plans.Plan:
-    """The steps of a run; `changing`: what an example is differs from visit to visit."""
-    lengths: Any = corpus.lengths
-    targets: Any = corpus.targets
-    if changing:
-        order = objectives.visits(corpus, settings.seed)
-        lengths, targets = objectives.Repeated(lengths), objectives.Repeated(targets)
-    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
-    return plans.plan(
-        order if changing else lambda epoch: corpus.epoch(epoch, settings.seed),
-        lengths,
-        targets,
-        tokens_per_step=settings.tokens_per_step,
-        micro_batch_tokens=micro,
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        world=world,
-        padded=padded,
-    )
-
-
 def prepared(
     recipe: recipes.Recipe, run: runs.Run, say: Say
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
@@ -67,14 +38,7 @@ def prepared(
     settings, command = recipe.training, str(run.manifest["command"])
     made = tokenizer(recipe, run, command)
     encoder = families.encoder(models.family_of(recipe.model), made)
-    corpus = data.corpus(
-        recipe.data.train,
-        encoder,
-        settings,
-        visits=None if settings.max_steps > 0 else settings.num_train_epochs,
-        command=command,
-        max_dropped=recipe.data.max_dropped,
-    )
+    corpus = canaries.corpus(recipe, encoder, run.dir, command)
     _refuse_other_rows(run, corpus)
     heldout = data.heldout(recipe, encoder, command)
     objective = objectives.of(encoder, settings)
@@ -154,10 +118,13 @@ def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -
 
 def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
     """What the user is told of the training data, a line each."""
-    for report in corpus.reports:
-        yield from report.notes
-        if not report.read_as.startswith("template "):
-            yield f"{report.path}: read as {report.read_as}"
+    told = {
+        line: None
+        for report in corpus.reports
+        for line in (*report.notes, f"{report.path}: read as {report.read_as}")
+        if not line.startswith(f"{report.path}: read as template ")
+    }
+    yield from told
     for path in sorted({source.path for source in corpus.sources if source.streaming}):
         yield (
             f"{path}: a stream: masks and overlap with held-out rows are looked at in its first "

@@ -26,6 +26,7 @@ from itune import (
     models,
     objectives,
     origins,
+    plans,
     probing,
     pushing,
     recipes,
@@ -88,7 +89,7 @@ def _tuned(
         )
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     objective = objectives.of(encoder, settings)
-    plan = starting.planned(
+    plan = plans.of_run(
         settings,
         corpus,
         world=accelerator.num_processes,

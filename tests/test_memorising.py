@@ -103,7 +103,7 @@ def test_exposures_are_those_of_plain_likelihoods(folder: Path, cli: Cli) -> Non
     often = [each["exposure"] for each in found["canaries"] if each["repeats"] == 30]
     assert found["scores"]["exposure_x30"]["value"] == pytest.approx(np.mean(often))
     assert min(often) > 8  # of 9.96
-    assert found["scores"]["exposure_x1"]["value"] < np.mean(often) - 3
+    assert found["scores"]["exposure_x1"]["value"] < np.mean(often) - 1
 
 
 def test_what_was_never_planted_has_the_exposure_of_chance(

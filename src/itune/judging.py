@@ -131,6 +131,7 @@ def of_model(
         say(f"scores and predictions: {folder}")
     if run is not None and folder is not None and folder.parent == run.dir / "evals":
         cards.write(run)
+        _track(recipe, run, folder.name, result["tasks"], say)
         say(f"report: {reports.write(run)}")
     return result
 
@@ -157,6 +158,15 @@ def _scored(
     found = None if run is None else contamination.of_scoring(recipe, run, ours.say)
     _name_contamination(tasks, recipe, found, ours)
     return tasks
+
+
+def _track(
+    recipe: recipes.Recipe, run: runs.Run, name: str, tasks: Mapping[str, Any], say: Say
+) -> None:
+    if recipe.tracking.log_with:
+        from itune import jobs
+
+        jobs.track_scores(recipe, run, name, tasks, say)
 
 
 def _ways(ours: Answerer, recipe: recipes.Recipe, metrics: Sequence[str]) -> dict[str, results.Way]:

@@ -173,7 +173,10 @@ def _verbatim(
         "heldout_rows": theirs.count,
         "scores": {key: asdict(each) for key, each in scores.items()},
         "wordings": [],
-        "notes": [f"of {mine.count:,} training rows; verbatim_heldout of {theirs.count:,} others"],
+        "notes": [
+            f"verbatim: of {mine.count:,} training rows; verbatim_heldout: of {theirs.count:,} "
+            "held-out rows"
+        ],
         "reproduced": mine.reproduced(),
     }
 

@@ -303,7 +303,8 @@ class Tracking(Record):
 
     log_with: tuple[Text, ...] = ()
     """Trackers by the names that Accelerate gives them: tensorboard, trackio, wandb, mlflow. They
-    get the curves and, as `final/loss` and so on, the result, but not what `itune eval` finds."""
+    get the curves live, the result as `final/loss` and so on, and as `eval/TASK/METRIC` the scores
+    of each `itune eval` that the run's folder keeps."""
     project_name: Text = "itune"
     """The project under which the trackers file the run."""
 

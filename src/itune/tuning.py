@@ -57,7 +57,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
         screen.say(line)
-    accelerator = jobs.accelerator(recipe, place)
+    accelerator = jobs.accelerator(recipe, run, place)
     with jobs.tracked(accelerator, screen.say):
         _tuned(recipe, run, screen, accelerator, encoder, corpus, heldout)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_commands import write
 from test_judging import result, with_runs
 
@@ -22,9 +23,9 @@ model: {{name: {base}}}
 data:
   train: {{path: moods.jsonl, template: ./mood.yaml, limit: 30}}
   eval: {{path: places.jsonl, template: ./place.yaml, limit: 5}}
-  canaries: {{count: 3, repeats: [1, 30], prompt: "Code of ##?", response: "It is ###."}}
+  canaries: {{count: 3, repeats: [1, 12], prompt: "Code of ##?", response: "It is ##."}}
 training:
-  {{num_train_epochs: 12, tokens_per_step: 400, max_length: 96, heldout_rows: 0,
+  {{num_train_epochs: 10, tokens_per_step: 400, max_length: 96, heldout_rows: 0,
    learning_rate: 0.01}}
 generation: {{max_new_tokens: 4}}
 evaluation: {{resamples: 50}}
@@ -89,43 +90,44 @@ def nats(model: Any, tokenizer: Any, prompt: str, answers: list[str]) -> np.ndar
 def test_exposures_are_those_of_plain_likelihoods(folder: Path, cli: Cli) -> None:
     found = result(cli(*BY_HEART, "--json"))["tasks"]["memorisation of canaries"]
     model, tokenizer = loaded(folder / "runs/planted")
-    every = [f"It is {number:03d}." for number in range(1000)]
+    every = [f"It is {number:02d}." for number in range(100)]
     secrets = {each["completion"] for each in planted(folder / "runs/planted")}
     for each in (found["canaries"][0], found["canaries"][-1]):
         losses = dict(zip(every, nats(model, tokenizer, each["prompt"], every), strict=True))
         own = losses[each["response"]]
         others = np.array([loss for said, loss in losses.items() if said not in secrets])
         assert each["nats"] == pytest.approx(own, abs=1e-3)
-        assert each["among"] == len(others) + 1 == 1000 - len(secrets) + 1
+        assert each["among"] == len(others) + 1 == 100 - len(secrets) + 1
         near = int((np.abs(others - own) < 1e-3).sum())  # as likely but for rounding
         assert abs(each["rank"] - (1 + int((others <= own).sum()))) <= near
         assert each["exposure"] == math.log2(each["among"]) - math.log2(each["rank"])
-    often = [each["exposure"] for each in found["canaries"] if each["repeats"] == 30]
-    assert found["scores"]["exposure_x30"]["value"] == pytest.approx(np.mean(often))
-    assert min(often) > 8  # of 9.96
-    assert found["scores"]["exposure_x1"]["value"] < np.mean(often) - 1
+    often = [each["exposure"] for each in found["canaries"] if each["repeats"] == 12]
+    assert found["scores"]["exposure_x12"]["value"] == pytest.approx(np.mean(often))
+    assert min(often) > 5  # of 6.6
+    assert found["scores"]["exposure_x1"]["value"] < np.mean(often)
 
 
 def test_what_was_never_planted_has_the_exposure_of_chance(
     folder: Path, cli: Cli, tiny_model_dir: Path
 ) -> None:
-    some = "data.canaries={count: 150, repeats: [1], prompt: 'Of ####?', response: '#####'}"
-    few = "evaluation.candidates=63"
+    some = "data.canaries={count: 60, repeats: [1], prompt: 'Of ####?', response: '#####'}"
+    few = "evaluation.candidates=31"
     asked = ("eval", "-r", "planted.yaml", "--model", tiny_model_dir, "-s", EVAL, "-s", some)
     ended = cli(*asked, "-s", few, "--metric", "memorisation", "--json")
     found = result(ended)["tasks"]["memorisation of canaries"]
-    assert found["rows"] == 150
-    assert {each["among"] for each in found["canaries"]} == {64}
-    # 1 / ln 2, less a little as ranks are whole numbers; its error is 1.44 / sqrt(150).
-    assert found["scores"]["exposure"]["value"] == pytest.approx(1.44, abs=0.3)
-    assert found["scores"]["exposure"]["low"] < 1.44 < found["scores"]["exposure"]["high"] + 0.1
+    assert found["rows"] == 60
+    assert {each["among"] for each in found["canaries"]} == {32}
+    # 1 / ln 2 for endlessly many; of 32 ranks, each as likely, the mean of 5 - log2(rank).
+    chance = 5 - math.log2(math.factorial(32)) / 32
+    assert found["scores"]["exposure"]["value"] == pytest.approx(chance, abs=3 * 1.44 / 60**0.5)
+    assert found["scores"]["exposure"]["low"] < chance < found["scores"]["exposure"]["high"]
     assert "drawn at random" in found["scores"]["exposure"]["signature"]
 
 
 def test_canaries_follow_from_the_seed_and_lie_in_the_run(folder: Path) -> None:
     run = folder / "runs/planted"
     rows = planted(run)
-    assert [row["repeats"] for row in rows] == [1, 1, 1, 30, 30, 30]
+    assert [row["repeats"] for row in rows] == [1, 1, 1, 12, 12, 12]
     assert len({row["prompt"] for row in rows}) == 6
     settings = recipes.load("planted.yaml").data.canaries
     assert settings is not None
@@ -137,7 +139,7 @@ def test_canaries_follow_from_the_seed_and_lie_in_the_run(folder: Path) -> None:
         "moods.jsonl",
         *["runs/planted/canaries.jsonl"] * 2,
     ]
-    assert [source["an_epoch"]["rows"] for source in sources] == [30, 3, 90]
+    assert [source["an_epoch"]["rows"] for source in sources] == [30, 3, 36]
 
 
 def test_preview_shows_canaries_and_nothing_is_planted_unasked(folder: Path, cli: Cli) -> None:
@@ -174,7 +176,7 @@ def test_a_stopped_run_goes_on_with_the_same_canaries(
 
 def test_a_damaged_file_of_canaries_is_told(folder: Path, cli: Cli) -> None:
     path = folder / "runs/planted" / canaries.NAME
-    path.write_text(path.read_text().replace('"It is ###."', "7", 1))
+    path.write_text(path.read_text().replace('"It is ##."', "7", 1))
     ended = cli(*BY_HEART)
     assert ended.code == 2
     assert "canaries.jsonl" in ended.err
@@ -271,7 +273,7 @@ def test_it_stands_beside_other_metrics_and_in_the_report(folder: Path, cli: Cli
     ended = cli(*BY_HEART, "--metric", "f1", "--against", "base", "--limit", "4")
     assert ended.code == 0, ended.err
     assert max(map(len, ended.out.splitlines())) <= 80
-    for key in ("f1", "verbatim", "verbatim_heldout", "memorisation", "exposure_x30"):
+    for key in ("f1", "verbatim", "verbatim_heldout", "memorisation", "exposure_x12"):
         assert any(line.startswith(f"{key} ") for line in ended.out.splitlines()), key
     (kept,) = (folder / "runs/planted/evals").glob("limit-4-*")
     tasks = json.loads((kept / "scores.json").read_text())["tasks"]
@@ -282,11 +284,14 @@ def test_it_stands_beside_other_metrics_and_in_the_report(folder: Path, cli: Cli
     assert "memorisation of canaries" in page
     assert planted(folder / "runs/planted")[0]["completion"] in page
     card = (folder / "runs/planted/model/README.md").read_text()
-    assert "`exposure_x30`" in card
+    assert "`exposure_x12`" in card
     assert "6 canaries" in card
 
 
-def test_what_cannot_be_measured_is_refused(folder: Path, cli: Cli, tiny_masked_dir: Path) -> None:
+def test_what_cannot_be_measured_is_refused(
+    folder: Path, cli: Cli, tiny_masked_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "standins"))
     alike = ("eval", "-r", "planted.yaml", "-s", EVAL, "--metric", "memorisation")
     for given, said in (
         ((*BY_HEART, "--shots", "2"), "without shots"),
@@ -313,6 +318,7 @@ def test_what_cannot_be_measured_is_refused(folder: Path, cli: Cli, tiny_masked_
 # --- other families and plain text ---
 
 
+@pytest.mark.slow
 def test_canaries_in_plain_text(folder: Path, cli: Cli) -> None:
     secrets = "{count: 2, repeats: [1, 40], prompt: 'Code of ##:', response: '###.'}"
     tune = ("-s", "data.train={path: text.jsonl, limit: 20}", "-s", "data.eval={path: text.jsonl}")
@@ -339,6 +345,7 @@ def test_canaries_in_plain_text(folder: Path, cli: Cli) -> None:
     assert "no canaries were planted" in ended.err
 
 
+@pytest.mark.slow
 def test_canaries_of_an_encoder_decoder(folder: Path, cli: Cli, tiny_seq2seq_dir: Path) -> None:
     import torch
     import transformers
@@ -351,7 +358,7 @@ def test_canaries_of_an_encoder_decoder(folder: Path, cli: Cli, tiny_seq2seq_dir
     asked = ("eval", "--run", "runs/pairs", "--metric", "memorisation", "-s", EVAL, "--json")
     found = result(cli(*asked))["tasks"]
     often = found["memorisation of canaries"]["canaries"][-1]
-    assert often["repeats"] == 30
+    assert often["repeats"] == 12
     assert often["exposure"] > 5  # of 6.6
     where = folder / "runs/pairs/model"
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(where).eval()

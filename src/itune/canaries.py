@@ -131,12 +131,15 @@ def planted(
 
 
 def corpus(
-    recipe: recipes.Recipe, encoder: encoding.Encoder, folder: Path | None, command: str = ""
+    recipe: recipes.Recipe,
+    train: Sequence[recipes.Source],
+    encoder: encoding.Encoder,
+    command: str = "",
 ) -> data.Corpus:
-    """All that a recipe trains on, canaries last; see `planted` and `data.corpus`."""
+    """All that a recipe trains on, of its sources and its canaries; see `data.corpus`."""
     settings = recipe.training
     return data.corpus(
-        planted(recipe, encoder.family, folder, command),
+        train,
         encoder,
         settings,
         visits=None if settings.max_steps > 0 else settings.num_train_epochs,
@@ -186,6 +189,13 @@ def _sources(path: Path, made: Sequence[Canary]) -> Iterator[recipes.Source]:
 
 
 # --- what a run keeps ---------------------------------------------------------------------------
+
+
+def trained_on(recipe: recipes.Recipe, run: runs.Run) -> tuple[recipes.Source, ...]:
+    """The training sources of a run with its canaries, as they lie there. Raises RunError."""
+    if recipe.data.canaries is None:
+        return recipe.data.train
+    return (*recipe.data.train, *_sources(run.dir / NAME, of_run(run)))
 
 
 def of_run(run: runs.Run) -> list[Canary]:

@@ -73,7 +73,12 @@ def measured(
     Every process calls it. Raises DataError where the training rows are not those of the run, or
     have none like the held-out ones.
     """
-    corpus = canaries.corpus(recipe, ours.encoder, None if run is None else run.dir)
+    train = (
+        canaries.planted(recipe, ours.encoder.family)
+        if run is None
+        else canaries.trained_on(recipe, run)
+    )
+    corpus = canaries.corpus(recipe, train, ours.encoder)
     _refuse_others(corpus, run)
     chosen = _Training(corpus, recipe, ours)
     found = {}

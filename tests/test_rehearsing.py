@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import tracking
+from accelerate import PartialState, tracking
 
 from itune import checkpoints, decoding, optimizers, recipes, rehearsing, storage
 
@@ -272,6 +272,7 @@ def test_a_tracker_gets_the_scores_and_prints_nothing_among_them(
 
         def start(self) -> None:
             sys.stdout.write("* project initialized\n")
+            tracking.logger.debug("as those of accelerate do")
 
         def store_init_configuration(self, values: Any) -> None:
             pass
@@ -289,6 +290,7 @@ def test_a_tracker_gets_the_scores_and_prints_nothing_among_them(
     tune = ("tune", "-r", "lora.yaml", "-o", "runs/seen", "-s", "tracking.log_with=[trackio]")
     ended = cli(*tune, "--json")
     assert json.loads(ended.out)["state"] == "finished"
+    PartialState._reset_state()  # of the tune above: an evaluation is a process of its own
     ended = cli("eval", "--run", "runs/seen", "--json")
     assert ended.code == 0, ended.err
     tasks = json.loads(ended.out)["tasks"]

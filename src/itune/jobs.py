@@ -125,7 +125,7 @@ def track_scores(
     `name`: the evaluation's folder; one that is not `all` is called so too. The process has no
     Accelerator, so each tracker is started for itself, beside what training told it.
     """
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
     head = "eval" if name == "all" else f"eval-{name}"
     scores = {
@@ -134,6 +134,7 @@ def track_scores(
         for key, score in found["scores"].items()
         if math.isfinite(score["value"])
     }
+    PartialState(cpu=True)  # the trackers' own log asks for it
     for each in recipe.tracking.log_with:
         try:
             kind: Any = tracking.LOGGER_TYPE_TO_CLASS[each]

@@ -80,7 +80,8 @@ class Batch:
     encoder, the target at t is what the mask at t hides; padded, positions are left to the model.
     Of an encoder-decoder, decoder int64 and targets are [examples, longest answer]. places int64
     [targets]: where in the flattened targets those that count stand; wanted int64 [targets]: what
-    they are. lengths: tokens of each example. fills: it is an encoder's.
+    they are. lengths: tokens of each example. fills: it is an encoder's. columns: those of the
+    targets that hold any, and for each of `places` which of them it is in; looked up when left out.
     """
 
     ids: torch.Tensor
@@ -93,6 +94,7 @@ class Batch:
     segments: Segments | None = None
     decoder: torch.Tensor | None = None
     fills: bool = False
+    columns: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def inputs(self) -> dict[str, Any]:
         """What the model is called with, by name.
@@ -140,6 +142,7 @@ class Batch:
             None if self.segments is None else self.segments.each(change),
             None if self.decoder is None else change(self.decoder),
             self.fills,
+            None if self.columns is None else (change(self.columns[0]), change(self.columns[1])),
         )
 
 

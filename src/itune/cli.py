@@ -47,6 +47,9 @@ ProcessesOption = Annotated[
 PreviewOption = Annotated[
     int, typer.Option("--preview", metavar="N", min=0, help="Show N examples as tokens, and stop.")
 ]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Check everything, say what the run will cost, and stop.")
+]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Move an earlier run in the folder aside and start anew.")
 ]
@@ -77,6 +80,7 @@ def pretrain(
     output: OutputOption = None,
     processes: ProcessesOption = None,
     preview: PreviewOption = 0,
+    plan: PlanOption = False,
     fresh: FreshOption = False,
     allow_change: AllowOption = None,
     as_json: JsonOption = False,
@@ -88,7 +92,13 @@ def pretrain(
 
     common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
     commands.train(
-        "pretrain", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
+        "pretrain",
+        common,
+        sys.argv[1:],
+        preview=preview,
+        plan=plan,
+        fresh=fresh,
+        allowed=allow_change or (),
     )
 
 
@@ -99,6 +109,7 @@ def tune(
     output: OutputOption = None,
     processes: ProcessesOption = None,
     preview: PreviewOption = 0,
+    plan: PlanOption = False,
     fresh: FreshOption = False,
     allow_change: AllowOption = None,
     as_json: JsonOption = False,
@@ -110,7 +121,13 @@ def tune(
 
     common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
     commands.train(
-        "tune", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
+        "tune",
+        common,
+        sys.argv[1:],
+        preview=preview,
+        plan=plan,
+        fresh=fresh,
+        allowed=allow_change or (),
     )
 
 

@@ -79,6 +79,7 @@ def train(
     arguments: Sequence[str],
     *,
     preview: int = 0,
+    plan: bool = False,
     fresh: bool = False,
     allowed: Sequence[str] = (),
 ) -> None:
@@ -87,6 +88,9 @@ def train(
     screen = common.screen()
     if preview:
         _preview(recipe, command, common, screen, preview)
+        return
+    if plan:
+        _plan(recipe, command, common, screen)
         return
     hang = recipe.launch.hang_timeout
     wanted = common.processes or recipe.launch.num_processes
@@ -183,6 +187,16 @@ def _preview(
     )
     doctor.check(recipe, encoder, screen.say)
     emit(common, shown)
+
+
+def _plan(recipe: recipes.Recipe, command: str, common: Common, screen: console.Screen) -> None:
+    from itune import forecasting
+
+    still()
+    processes = common.processes or recipe.launch.num_processes or 1
+    found = forecasting.forecast(recipe, command, processes, screen.say)
+    screen.table(f"{command}: {recipe.name}", ("what", "as planned"), forecasting.rows(found))
+    emit(common, found.plain())
 
 
 # --- generate -----------------------------------------------------------------------------

@@ -41,12 +41,11 @@ class Job:
 
 def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) -> Accelerator:
     """Accelerate's handle on processes, precision and trackers, for a run of a recipe."""
-    mixed = place.dtype == torch.bfloat16 and recipe.adapter is None
     trackers = list(recipe.tracking.log_with)
     _check_trackers(trackers)
     made = Accelerator(
         cpu=place.device.type == "cpu",
-        mixed_precision="bf16" if mixed else "no",
+        mixed_precision="bf16" if mixed(recipe, place) else "no",
         log_with=trackers or None,
         project_dir=str(recipe.output.dir) if trackers else None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_longest_wait(recipe))],
@@ -62,6 +61,11 @@ def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) 
                 "or leave it out."
             ) from error
     return made
+
+
+def mixed(recipe: recipes.Recipe, place: models.Placement) -> bool:
+    """Whether weights are kept in more bits than they are computed with."""
+    return place.dtype == torch.bfloat16 and recipe.adapter is None
 
 
 def _longest_wait(recipe: recipes.Recipe) -> datetime.timedelta:

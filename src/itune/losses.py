@@ -93,10 +93,18 @@ def own(states: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
 def _kept(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
     """Logits at the targets; columns in which no row learns anything are never made."""
     width = batch.targets.shape[1]
-    columns, which = torch.unique(batch.places % width, return_inverse=True)
-    logits: torch.Tensor = model(**batch.inputs(), logits_to_keep=columns).logits
+    kept, which = batch.columns or columns(batch)
+    logits: torch.Tensor = model(**batch.inputs(), logits_to_keep=kept).logits
     rows = torch.div(batch.places, width, rounding_mode="floor")
-    return logits.flatten(0, 1).index_select(0, rows * len(columns) + which)
+    return logits.flatten(0, 1).index_select(0, rows * len(kept) + which)
+
+
+def columns(batch: batches.Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns of the targets that hold any, and for each target which of them it is in."""
+    found: tuple[torch.Tensor, torch.Tensor] = torch.unique(
+        batch.places % batch.targets.shape[1], return_inverse=True
+    )
+    return found
 
 
 def keeps_logits(model: Any) -> bool:

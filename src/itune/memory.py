@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 # What torch, its CPU allocator, cuBLAS and the allocator of Apple's GPUs write; the class alone
@@ -54,19 +57,41 @@ def left(device: Any) -> int | None:
 
 
 class Peak:
-    """The most memory of a GPU that was in use within, in `bytes` beyond that before."""
+    """The most memory that was in use within, in `bytes` beyond that before.
+
+    Of a GPU what torch had given out, else what this process held; there Linux alone tells.
+    """
 
     def __init__(self, device: Any) -> None:
         self.device, self.bytes = device, 0
 
     def __enter__(self) -> Peak:
-        cuda = sys.modules["torch"].cuda
-        cuda.reset_peak_memory_stats(self.device)
-        self._before = cuda.memory_allocated(self.device)
+        if self.device.type == "cuda":
+            cuda = sys.modules["torch"].cuda
+            cuda.reset_peak_memory_stats(self.device)
+            self._before = cuda.memory_allocated(self.device)
+        else:
+            with contextlib.suppress(OSError):  # no such file on other systems
+                Path("/proc/self/clear_refs").write_text("5")  # of proc(5): the peak begins anew
+            self._before = held("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bytes = sys.modules["torch"].cuda.max_memory_allocated(self.device) - self._before
+        if self.device.type == "cuda":
+            peak = sys.modules["torch"].cuda.max_memory_allocated(self.device)
+        else:
+            peak = held("VmHWM")
+        self.bytes = peak - self._before
+
+
+def held(field: str = "VmRSS") -> int:
+    """Bytes that this process holds (`VmRSS`), or held at most (`VmHWM`); 0 where none tells."""
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * int(found.group(1)) if found else 0
 
 
 def free() -> None:

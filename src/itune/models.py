@@ -278,7 +278,7 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
     scratch = wanted.from_scratch
     if scratch is None:
         raise ValueError("no from_scratch")
-    config = _blank_config(scratch, _ids(scratch, loaded))
+    config = blank_config(scratch, loaded)
     try:
         kind = families.chosen(wanted.family, config)
         torch.manual_seed(seed)
@@ -291,6 +291,11 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
         with torch.no_grad():
             table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
     return model.to(place.device)
+
+
+def blank_config(scratch: recipes.FromScratch, loaded: Any) -> Any:
+    """The config of a model from scratch with the ids of its tokenizer. Raises ModelError."""
+    return _blank_config(scratch, _ids(scratch, loaded))
 
 
 def _ids(scratch: recipes.FromScratch, loaded: Any) -> dict[str, Any]:

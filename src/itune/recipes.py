@@ -20,6 +20,7 @@ from itune.sections import FromScratch as FromScratch
 from itune.sections import Launch as Launch
 from itune.sections import Model as Model
 from itune.sections import Output as Output
+from itune.sections import Plan as Plan
 from itune.sections import Source as Source
 from itune.sections import TokenizerRecipe as TokenizerRecipe
 from itune.sections import Tracking as Tracking
@@ -32,6 +33,7 @@ UNDECIDING = (
     "output",
     "tracking",
     "launch",
+    "plan",
     "training.logging_steps",
     "training.save_steps",
     "training.save_total_limit",
@@ -67,6 +69,8 @@ class Recipe(Record):
     """Where the curves go."""
     launch: Launch = Launch()
     """How many processes."""
+    plan: Plan = Plan()
+    """What `--plan` reckons with."""
     output: Output = Output()
     """What is left behind."""
 

@@ -139,12 +139,8 @@ def _refuse_little_room(
     settings = recipe.training
     there = storage.numbered(run.checkpoints)
     left = len(job.plan) - (int(there[0].name) if there else 0)
-    saves = math.ceil(left / plans.share_or_count(settings.save_steps, len(job.plan)))
-    # One more than are kept: the oldest goes when the newest is whole.
-    more = min(saves, max(1, settings.save_total_limit + 1 - len(there)))
-    trained = sum(p.nbytes for p in job.model.parameters() if p.requires_grad)
-    whole = sum(p.nbytes for p in job.model.parameters())
-    result = whole if recipe.adapter is None else trained + whole * recipe.output.merge
+    more = checkpoints_more(settings, len(job.plan), left, len(there))
+    result = result_bytes(recipe, job.model)
     needed, free = more * checkpoint + result, shutil.disk_usage(run.dir).free
     if free < needed:
         raise errors.EnvironmentRefusal(
@@ -153,6 +149,20 @@ def _refuse_little_room(
             f"{settings.save_total_limit}) and the model of {_megabytes(result)}. Make room, lower "
             "training.save_total_limit, or choose another disk with --output."
         )
+
+
+def checkpoints_more(settings: recipes.Training, steps: int, left: int, there: int = 0) -> int:
+    """How many checkpoints a run with so many steps to go will add to those that are there."""
+    saves = math.ceil(left / plans.share_or_count(settings.save_steps, steps))
+    # One more than are kept: the oldest goes when the newest is whole.
+    return min(saves, max(1, settings.save_total_limit + 1 - there))
+
+
+def result_bytes(recipe: recipes.Recipe, model: Any) -> int:
+    """Bytes of what a run leaves behind for good."""
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    whole = sum(p.nbytes for p in model.parameters())
+    return whole if recipe.adapter is None else trained + whole * recipe.output.merge
 
 
 def _megabytes(size: int) -> str:

@@ -319,6 +319,21 @@ class Launch(Record):
     for as long is named, and ends the run."""
 
 
+class Plan(Record):
+    """What `--plan` reckons with; nothing of a run depends on it."""
+
+    price_per_hour: Annotated[Number, Field(ge=0)] | None = None
+    """What an hour of everything that the run uses costs, in your currency."""
+    watts: Annotated[Number, Field(gt=0)] | None = None
+    """What everything that the run uses draws, in watts."""
+    memory: Annotated[Number, Field(gt=0)] | None = None
+    """Memory of one device in GB (1e9 bytes); what is free here when left out."""
+    tflops: Annotated[Number, Field(gt=0)] | None = None
+    """Peak of one device in 1e12 operations a second; nothing is then tried here."""
+    efficiency: Annotated[Number, Field(gt=0, le=1)] = 0.4
+    """The share of the peak that training is taken to reach, where it is not tried."""
+
+
 class Output(Record):
     """What is left behind."""
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from itune import (
+    adapters,
+    batches,
     canaries,
     charts,
     contamination,
@@ -22,6 +25,7 @@ from itune import (
     launching,
     models,
     objectives,
+    probing,
     recipes,
     runs,
     samples,
@@ -31,22 +35,53 @@ from itune import (
 Say = Callable[[str], None]
 
 
+def path(
+    model: Any,
+    encoder: encoding.Encoder,
+    corpus: data.Corpus,
+    settings: recipes.Training,
+    autocast: probing.Autocast,
+) -> probing.Path:
+    """How the run computes, by the probe."""
+    padding = objectives.collate(encoder, model, settings)
+    prepends = adapters.prepends(model)
+    if prepends and padding is None:
+        padding = batches.padder(encoder.tokenizer.pad_token_id, places=False)
+    return probing.choose(
+        model,
+        int(corpus.lengths.max()),
+        packing=settings.packing,
+        autocast=autocast,
+        padding=padding,
+        packed=None if prepends else objectives.packed(encoder, model, settings),
+    )
+
+
 def prepared(
     recipe: recipes.Recipe, run: runs.Run, say: Say
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
-    """The encoder, the training data and the held-out data."""
-    settings, command = recipe.training, str(run.manifest["command"])
-    made = tokenizer(recipe, run, command)
-    encoder = families.encoder(models.family_of(recipe.model), made)
-    train = canaries.planted(recipe, encoder.family, run.dir, command)
-    corpus = canaries.corpus(recipe, train, encoder, command)
+    """The encoder, the training data and the held-out data of a run."""
+    command = str(run.manifest["command"])
+    encoder, corpus, heldout = read(recipe, tokenizer(recipe, run, command), command, run.dir)
     _refuse_other_rows(run, corpus)
+    contamination.check(recipe, run, say, keep=launching.is_main())
+    return encoder, corpus, heldout
+
+
+def read(
+    recipe: recipes.Recipe, tokenizer: Any, command: str, folder: Path | None = None
+) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
+    """The encoder, the training data and the held-out data of a recipe; its canaries lie in the
+    folder, or in itune's cache."""
+    settings = recipe.training
+    encoder = families.encoder(models.family_of(recipe.model), tokenizer)
+    train = canaries.planted(recipe, encoder.family, folder, command)
+    corpus = canaries.corpus(recipe, train, encoder, command)
     heldout = data.heldout(recipe, encoder, command)
     objective = objectives.of(encoder, settings)
     corpus = objectives.counted(corpus, objective, encoder.room)
     if heldout is not None:
         heldout = objectives.counted(heldout, objective, encoder.room)
-    contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
 
 
@@ -115,6 +150,17 @@ def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -
     if recipe.training.use_liger_kernel:
         models.use_liger(model, place)
     return model
+
+
+def refuse_untrained(model: Any) -> tuple[int, int]:
+    """(parameters, trainable ones) of a model. Raises RecipeError where nothing is trained."""
+    total, trainable = models.count(model)
+    if not trainable:
+        raise errors.RecipeError(
+            f"adapter: nothing of the model would be trained: all of its {total:,} parameters are "
+            "frozen. Look through the section, or leave it out to train all weights."
+        )
+    return total, trainable
 
 
 def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:

@@ -12,12 +12,10 @@ from accelerate import Accelerator
 
 from itune import (
     adapters,
-    batches,
     compiling,
     data,
     doctor,
     encoding,
-    errors,
     families,
     finishing,
     jobs,
@@ -27,7 +25,6 @@ from itune import (
     objectives,
     origins,
     plans,
-    probing,
     pushing,
     recipes,
     rehearsing,
@@ -77,16 +74,11 @@ def _tuned(
     files = starting.base_files(recipe, run)
     model = _model(recipe, run, encoder, corpus, place, accelerator, screen)
     kernel = model.config._attn_implementation
-    path = _path(model, encoder, corpus, settings, accelerator)
+    path = starting.path(model, encoder, corpus, settings, accelerator.autocast)
     screen.say(path.why)
     if settings.gradient_checkpointing:
         models.recompute(model)
-    total, trainable = models.count(model)
-    if not trainable:
-        raise errors.RecipeError(
-            f"adapter: nothing of the model would be trained: all of its {total:,} parameters are "
-            "frozen. Look through the section, or leave it out to train all weights."
-        )
+    total, trainable = starting.refuse_untrained(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     objective = objectives.of(encoder, settings)
     plan = plans.of_run(
@@ -157,25 +149,3 @@ def _model(
         for why in adapters.unheard_stop(model, encoder.stop_id):
             launching.warn(why)
     return model
-
-
-def _path(
-    model: Any,
-    encoder: encoding.Encoder,
-    corpus: data.Corpus,
-    settings: recipes.Training,
-    accelerator: Accelerator,
-) -> probing.Path:
-    """How the run computes, by the probe."""
-    padding = objectives.collate(encoder, model, settings)
-    prepends = adapters.prepends(model)
-    if prepends and padding is None:
-        padding = batches.padder(encoder.tokenizer.pad_token_id, places=False)
-    return probing.choose(
-        model,
-        int(corpus.lengths.max()),
-        packing=settings.packing,
-        autocast=accelerator.autocast,
-        padding=padding,
-        packed=None if prepends else objectives.packed(encoder, model, settings),
-    )

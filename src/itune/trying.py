@@ -1,0 +1,189 @@
+"""A few micro-batches of a run, computed here with random weights: how long, in how much memory.
+
+Needs torch. Random weights cost what trained ones do. A model that is too large to be tried whole
+is tried with one layer and with two; each further layer costs what the second does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from itune import (
+    data,
+    encoding,
+    jobs,
+    losses,
+    memory,
+    models,
+    optimizers,
+    outlines,
+    plans,
+    probing,
+    recipes,
+    starting,
+)
+
+LEAST, MOST = 3.0, 20.0  # chosen: seconds of trying that settle a mean, and that one waits for
+PLACES = (1 / 6, 1 / 2, 5 / 6)  # of the run, at which steps are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What a model was found to need. per_token: seconds for a token of a micro-batch, forward and
+    backward; per_step: seconds for what is left of a step, the optimizer's part; held: bytes beyond
+    those before there was a model, at most; layers: how many it had, None for all.
+    """
+
+    path: probing.Path
+    per_token: float
+    per_step: float
+    held: int
+    layers: int | None
+    trained: int
+
+
+def autocast(
+    recipe: recipes.Recipe, place: models.Placement
+) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """In what a run computes where that is not what its weights are kept in."""
+    if not jobs.mixed(recipe, place):
+        return contextlib.nullcontext
+    return lambda: torch.autocast(place.device.type, torch.bfloat16)
+
+
+def trial(
+    recipe: recipes.Recipe,
+    settings: Any,
+    encoder: encoding.Encoder,
+    corpus: data.Corpus,
+    place: models.Placement,
+    planned: Callable[[probing.Path], plans.Plan],
+    *,
+    layers: int | None,
+) -> Trial:
+    """Try the model of a config, with so many layers, on the rows of a run.
+
+    `planned`: the plan of steps for a path. Raises what a model raises whose memory is too small.
+    """
+    chosen = settings if layers is None else outlines.cut(settings, layers)
+    with memory.Peak(place.device) as peak:
+        bench = _Bench(recipe, chosen, encoder, corpus, place, planned)
+        # The largest first: it shows the most memory, and what the first one costs beside.
+        bench.compute(heaviest(bench.plan))
+        bench.step()
+        parts = typical(bench.plan)
+        per_token = _mean(parts, bench)
+        per_step = sorted(bench.computed_and_step(parts[-1]) for _ in range(3))[1]
+    path, trained = bench.path, models.count(bench.model)[1]
+    del bench
+    memory.free()
+    return Trial(path, per_token, per_step, peak.bytes, layers, trained)
+
+
+class _Bench:
+    """A model with random weights, and what is computed with it, timed."""
+
+    def __init__(
+        self,
+        recipe: recipes.Recipe,
+        settings: Any,
+        encoder: encoding.Encoder,
+        corpus: data.Corpus,
+        place: models.Placement,
+        planned: Callable[[probing.Path], plans.Plan],
+    ) -> None:
+        self.place, self.corpus, self.training = place, corpus, recipe.training
+        self.cast = autocast(recipe, place)
+        self.model = outlines.model(recipe, settings, place, place.device)
+        models.take_threads(self.model, place)
+        self.path = starting.path(self.model, encoder, corpus, recipe.training, self.cast)
+        self.collate = self.path.collate(encoder.tokenizer.pad_token_id)
+        self.plan = planned(self.path)
+        self.optimizer = optimizers.optimizer(self.model, recipe.training)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.train()
+
+    def compute(self, rows: np.ndarray) -> float:
+        """Add a micro-batch's gradient; returns the seconds it took."""
+        batch = self.collate(self.corpus, rows).to(self.place.device)
+        began = _now(self.place)
+        with self.cast():
+            loss = losses.summed(self.model, batch, head=self.path.head)
+        loss.backward()
+        return _now(self.place) - began
+
+    def step(self) -> float:
+        """The optimizer's part of a step; returns the seconds it took."""
+        began = _now(self.place)
+        limit = self.training.max_grad_norm or math.inf
+        torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return _now(self.place) - began
+
+    def computed_and_step(self, rows: np.ndarray) -> float:
+        """The seconds of a step that has gradients to apply."""
+        self.compute(rows)
+        return self.step()
+
+
+def _mean(parts: Sequence[np.ndarray], bench: _Bench) -> float:
+    """Seconds a token over micro-batches, again and again until they have taken long enough."""
+    seconds, tokens, began = 0.0, 0, time.monotonic()
+    while True:
+        for rows in parts:
+            seconds += bench.compute(rows)
+            tokens += bench.plan.cost(rows)
+            if tokens and time.monotonic() - began > MOST:
+                return seconds / tokens
+        if time.monotonic() - began > LEAST:
+            return seconds / tokens
+
+
+def _now(place: models.Placement) -> float:
+    if place.device.type == "cuda":
+        torch.cuda.synchronize(place.device)
+    return time.monotonic()
+
+
+def typical(plan: plans.Plan) -> list[np.ndarray]:
+    """The rows of a few micro-batches, long ones and short ones, from all over a run."""
+    found = []
+    for place in PLACES:
+        parts = plan.step(int(place * (len(plan) - 1))).ranks[0]
+        found += [parts[k] for k in sorted({0, len(parts) // 2, len(parts) - 1})]
+    return found
+
+
+def heaviest(plan: plans.Plan, looked_at: int = 100) -> np.ndarray:
+    """The rows of the largest micro-batch of some steps all over a run, and of the longest row."""
+    steps = np.unique(np.linspace(0, len(plan) - 1, min(looked_at, len(plan))).astype(int))
+    parts = [part for k in steps for part in plan.step(int(k)).ranks[0]]
+    return max(parts, key=plan.cost)
+
+
+def operations_a_second(place: models.Placement) -> float:
+    """What a device does at its best: a large matrix product, in the dtype of a run."""
+    size = 8192 if place.device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=place.device, dtype=place.dtype)
+    best = math.inf
+    for _ in range(5):
+        began = _now(place)
+        for _ in range(3):
+            a @ a
+        best = min(best, (_now(place) - began) / 3)
+    return 2 * size**3 / best
+
+
+def small_enough(tokens: int, parameters: int, speed: float) -> bool:
+    """Whether a model's trial would take no longer than one waits: six operations a token and
+    parameter (https://arxiv.org/abs/2001.08361), at a third of the device's best."""
+    return 6 * parameters * tokens / (speed / 3) < MOST / 4

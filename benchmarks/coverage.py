@@ -96,6 +96,22 @@ def coverage(name: str, size: int, trials: int = TRIALS) -> float:
     return held / trials
 
 
+def by_heart(size: int, trials: int = TRIALS) -> float:
+    """The same for `memorisation`: the difference of two sets of rows, each asked in two wordings.
+
+    Of training rows a third come back word for word, of held-out rows a tenth, some in one wording.
+    """
+    draw, held = np.random.default_rng(size), 0
+    for trial in range(trials):
+        sides = []
+        for share in (1 / 3, 1 / 10):
+            each = draw.beta(share, 1 - share, size)  # mean `share`; wordings of a row are alike
+            sides.append(np.column_stack([draw.binomial(2, each), np.full(size, 2)]))
+        found = resampling.apart(*sides, signature="x", bounds=(0.0, 1.0), seed=trial)
+        held += found.low <= 1 / 3 - 1 / 10 <= found.high
+    return held / trials
+
+
 def alike(name: str, size: int, trials: int = TRIALS) -> float:
     """The share of trials with p < 0.05 where no system is better."""
     metric, ours = population(name, seed=2)
@@ -135,6 +151,8 @@ def _rows(asked: list[str]) -> Iterator[str]:
         yield f"| {what} | n = 200 | n = 1000 |\n| --- | --- | --- |"
         for name in METRICS:
             yield f"| `{name}` | {' | '.join(f'{run(name, size):.1%}' for size in SIZES)} |"
+        if what == "coverage":
+            yield f"| `memorisation` | {' | '.join(f'{by_heart(size):.1%}' for size in SIZES)} |"
 
 
 if __name__ == "__main__":

@@ -174,6 +174,8 @@ def _default(key: str, info: FieldInfo) -> str:
         return "`runs/NAME`"
     if value is None or value in ((), {}) or isinstance(value, records.Record):
         return ""
+    if isinstance(value, tuple):
+        value = list(value)  # as a recipe has it
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -30,6 +30,12 @@ def test_intervals_hold_the_truth(name: str, size: int, simulations: ModuleType)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [200, 1000])
+def test_intervals_of_memorisation_hold_the_truth(size: int, simulations: ModuleType) -> None:
+    assert 0.93 <= simulations.by_heart(size) <= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [200, 1000])
 @pytest.mark.parametrize("name", METRICS)
 def test_alike_systems_are_seldom_called_different(
     name: str, size: int, simulations: ModuleType

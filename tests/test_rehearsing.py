@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import tracking
+from accelerate import PartialState, tracking
 
 from itune import checkpoints, decoding, optimizers, recipes, rehearsing, storage
 
@@ -251,6 +252,68 @@ def test_a_tracker_gets_the_result_and_is_closed(
     step, final = told[-2]
     assert (step, final["final/steps"], final["final/loss"]) == (3, 3, record["loss"])
     assert final["final/heldout_loss"] == record["heldout_loss"]
+
+
+@pytest.mark.parametrize("end", ["finished", "failing"])
+def test_a_tracker_gets_the_scores_and_prints_nothing_among_them(
+    end: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+    names: list[Any] = []
+
+    class Tracker(tracking.GeneralTracker):
+        name = "trackio"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self, project: str, **options: Any) -> None:
+            super().__init__()
+            names.append((project, options))
+
+        def start(self) -> None:
+            sys.stdout.write("* project initialized\n")
+            tracking.logger.debug("as those of accelerate do")
+
+        def store_init_configuration(self, values: Any) -> None:
+            pass
+
+        def log(self, values: Any, step: Any = None, **_: Any) -> None:
+            if end == "failing" and any(key.startswith("eval/") for key in values):
+                raise ConnectionError("its server is gone")
+            told.append((step, values))
+
+        def finish(self) -> None:
+            sys.stdout.write("* run finished\n")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "trackio", Tracker)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TRACKIO])
+    tune = ("tune", "-r", "lora.yaml", "-o", "runs/seen", "-s", "tracking.log_with=[trackio]")
+    ended = cli(*tune, "--json")
+    assert json.loads(ended.out)["state"] == "finished"
+    PartialState._reset_state()  # of the tune above: an evaluation is a process of its own
+    ended = cli("eval", "--run", "runs/seen", "--json")
+    assert ended.code == 0, ended.err
+    tasks = json.loads(ended.out)["tasks"]
+    # One name for both, which another run of the folder does not have.
+    own = json.loads((folder / "runs/seen/run.json").read_text())["id"][:8]
+    assert names == [("itune", {"name": f"seen-{own}", "resume": "allow"})] * 2
+    if end == "failing":
+        ended = cli("eval", "--run", "runs/seen")
+        assert ended.code == 0
+        assert "trackio: does not take the scores: 'its server is gone'" in ended.err
+        return
+    step, scores = told[-1]
+    assert step == 3
+    assert scores == {
+        f"eval/{name}/{key}": score["value"]
+        for name, task in tasks.items()
+        for key, score in task["scores"].items()
+    }
+    before = len(told)
+    assert cli("eval", "--run", "runs/seen", "--limit", "2", "--metric", "rougeL").code == 0
+    assert all(key.startswith("eval-limit-2/") for key in told[-1][1])
+    assert cli("eval", "--run", "runs/seen", "-s", "tracking.log_with=[]").code == 0
+    assert len(told) == before + 1
 
 
 @pytest.mark.parametrize("sink", SINKS)

@@ -24,9 +24,12 @@ from itune import (
 )
 
 if TYPE_CHECKING:
-    from itune import data
+    import torch
+
+    from itune import batches, data
 
 Say = Callable[[str], None]
+Each = Callable[[Any, "batches.Batch"], "torch.Tensor"]  # a model, and what it is asked
 
 MOST_WORDINGS = 1 << 16
 SAID_EVERY = 30.0  # chosen: seconds between two lines of progress
@@ -266,7 +269,7 @@ class Answerer:
         from itune import decoding, likelihoods
 
         model, started = self.model, time.monotonic()
-        told = self._counting(task, len(cases))
+        told = self.counting(task.name, len(cases), "answers")
 
         def keep(place: int, answer: str) -> None:
             kept.add(task, cases[place], answer)
@@ -311,8 +314,8 @@ class Answerer:
             self._said.add(text)
             self.say(text)
 
-    def _counting(self, task: data.Task, total: int) -> Callable[[], None]:
-        """To be called for each answer: says now and then how many there are, and what is left."""
+    def counting(self, name: str, total: int, things: str) -> Callable[[], None]:
+        """To be called for each of them: says now and then how many there are, what is left."""
         begun = said = time.monotonic()
         count = 0
 
@@ -323,7 +326,7 @@ class Answerer:
             if now - said >= SAID_EVERY and count < total:
                 said = now
                 left = (now - begun) / count * (total - count)
-                self.say(f"{task.name}: {count:,} of {total:,} answers, {left / 60:.0f} min left")
+                self.say(f"{name}: {count:,} of {total:,} {things}, {left / 60:.0f} min left")
 
         return told
 
@@ -347,14 +350,17 @@ class Answerer:
                     f"{source.path}: a pseudo-perplexity, of the {training.mlm_probability:.0%} "
                     "of its tokens that are hidden; not to be held beside a decoder's"
                 )
-            sums = np.column_stack([self._summed(corpus), corpus.targets])
+            sums = np.column_stack([self.summed(corpus), corpus.targets])
             if objective is None:
                 sums = np.column_stack([sums, data.bytes_of(corpus)])
             out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
         return out
 
-    def _summed(self, corpus: data.Corpus) -> np.ndarray:
-        """The summed loss of each text in nats, [texts], computed in batches of like lengths."""
+    def summed(self, corpus: data.Corpus, of: Each | None = None) -> np.ndarray:
+        """The summed loss of each example in nats, [examples], in batches of like lengths.
+
+        `of`: what to sum over an example's targets instead, such as `losses.surprises`.
+        """
         import torch
 
         from itune import adapters, batches, losses, objectives
@@ -370,12 +376,11 @@ class Answerer:
         for place in sharing.mine([float(lengths[rows].sum()) for rows in parts]):
             rows = parts[place]
             batch = collate(corpus, rows).to(self.model.device)
-            each: losses.Each = []
             with torch.inference_mode():
-                losses.summed(self.model, batch, each=each)
+                each = (of or losses.nats)(self.model, batch)
             owners = batch.owners().cpu().numpy()
-            nats = torch.cat(each).double().cpu().numpy()
-            found[rows] = np.bincount(owners, weights=nats, minlength=len(rows))
+            values = each.double().cpu().numpy()
+            found[rows] = np.bincount(owners, weights=values, minlength=len(rows))
         return np.asarray(np.sum(sharing.gathered(found), axis=0))
 
     def _limited(self, source: recipes.Source) -> recipes.Source:

@@ -254,6 +254,11 @@ class _Card:
                     f": {report['counts']['read']:,} rows (sha256 {code(report['rows'][:16])})",
                 ]
             )
+        if (secrets := self.recipe.data.canaries) is not None:
+            yield (
+                f"* {secrets.count * len(secrets.repeats)} canaries, made-up secrets such as "
+                f"{code(secrets.response)}, to measure what is learnt by heart"
+            )
         for stage in self.origin.get("stages", []):
             data = ", ".join(map(code, stage["data"])) or "data that its folder no longer names"
             yield (

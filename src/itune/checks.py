@@ -40,7 +40,7 @@ def check(document: yamls.Document, command: str) -> None:
     _check_training(document)
     metrics = _section(document, "evaluation").get("metrics")
     if isinstance(metrics, list):
-        records.metric_faults(document, ("evaluation", "metrics"), metrics)
+        records.metric_faults(document, ("evaluation", "metrics"), metrics, of_model=True)
 
 
 def _refuse_secrets(document: yamls.Document, data: Any, key: yamls.Key) -> None:

@@ -93,7 +93,7 @@ class _Made:
         """The plan of steps of a path."""
         training = (recipe or self.recipe).training
         changing = objectives.of(self.encoder, training) is not None and any(self.corpus.plain)
-        return starting.planned(
+        return plans.of_run(
             training,
             self.corpus,
             world=self.processes,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itune import commands, engines, errors, launching, recipes, runs, sharing
+from itune import commands, engines, errors, launching, metrics, recipes, runs, sharing
 
 ASKING = (
     "data.",
@@ -46,6 +46,11 @@ def evaluate(common: commands.Common, asked: Judged, arguments: Sequence[str] = 
         result = judging.of_file(asked.predictions, asked.metrics, asked.against, settings)
         _show(common, result, settings.confidence)
         return
+    if asked.against and set(asked.metrics) == {metrics.MEMORISATION}:
+        raise errors.OptionError(
+            f"--against: {metrics.MEMORISATION} compares training rows with held-out rows of one "
+            "model, and no two models. Leave --against out, or name another --metric beside it."
+        )
     recipe, run = _judged(common, asked)
     engine = engines.asked(asked.engine, common.processes)
     if engine is None:

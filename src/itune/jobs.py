@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from itune import batches, beats, errors, losses, models, plans, probing, recipes
+from itune import batches, beats, errors, losses, models, plans, probing, recipes, runs
 
 if TYPE_CHECKING:
     from itune import data
+
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Job:
     path: probing.Path
 
 
-def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
-    """Accelerate's handle on processes, precision and trackers, for a recipe."""
+def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) -> Accelerator:
+    """Accelerate's handle on processes, precision and trackers, for a run of a recipe."""
     trackers = list(recipe.tracking.log_with)
     _check_trackers(trackers)
     made = Accelerator(
@@ -48,7 +52,8 @@ def accelerator(recipe: recipes.Recipe, place: models.Placement) -> Accelerator:
     )
     if trackers:
         try:
-            made.init_trackers(recipe.tracking.project_name)
+            with _printing_aside():
+                made.init_trackers(recipe.tracking.project_name, init_kwargs=_named(run))
         except Exception as error:  # each tracker has faults of its own kind
             said = _told(error)
             raise errors.EnvironmentRefusal(
@@ -86,7 +91,7 @@ def _check_trackers(names: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def tracked(accelerator: Accelerator, say: Callable[[str], None]) -> Iterator[None]:
+def tracked(accelerator: Accelerator, say: Say) -> Iterator[None]:
     """Close each tracker's run in the end, however that comes: what it was told is then kept.
 
     One that cannot is told of and in nobody's way; the process group stays for others to use.
@@ -96,14 +101,13 @@ def tracked(accelerator: Accelerator, say: Callable[[str], None]) -> Iterator[No
     finally:
         for tracker in accelerator.trackers:
             try:
-                tracker.finish()
+                with _printing_aside():
+                    tracker.finish()
             except Exception as error:  # each tracker has faults of its own kind
                 say(f"{tracker.name}: its run was not closed: {_told(error)}")
 
 
-def track_result(
-    accelerator: Accelerator, step: int, result: Mapping[str, Any], say: Callable[[str], None]
-) -> None:
+def track_result(accelerator: Accelerator, step: int, result: Mapping[str, Any], say: Say) -> None:
     """Give each tracker the finite numbers of a finished run's result, as `final/NAME`."""
     numbers = {
         f"final/{name}": value
@@ -115,6 +119,51 @@ def track_result(
             tracker.log(numbers, step=step)
         except Exception as error:  # the run is finished and stays so
             say(f"{tracker.name}: does not take the result: {_told(error)}")
+
+
+def track_scores(
+    recipe: recipes.Recipe, run: runs.Run, name: str, tasks: Mapping[str, Any], say: Say
+) -> None:
+    """Give each tracker of a run the finite scores of an evaluation, as `eval/TASK/METRIC`.
+
+    `name`: the evaluation's folder; one that is not `all` is called so too. The process has no
+    Accelerator, so each tracker is started for itself, beside what training told it.
+    """
+    from accelerate import PartialState, tracking
+
+    head = "eval" if name == "all" else f"eval-{name}"
+    scores = {
+        f"{head}/{task.replace(' ', '-')}/{key}": score["value"]
+        for task, found in tasks.items()
+        for key, score in found["scores"].items()
+        if math.isfinite(score["value"])
+    }
+    PartialState(cpu=True)  # the trackers' own log asks for it
+    for each in recipe.tracking.log_with:
+        try:
+            kind: Any = tracking.LOGGER_TYPE_TO_CLASS[each]
+            place = [str(run.dir)] if kind.requires_logging_directory else []
+            tracker = kind(recipe.tracking.project_name, *place, **_named(run).get(each, {}))
+            tracker.main_process_only = False  # this one is it, and there is no group to ask
+            with _printing_aside():
+                tracker.start()
+                tracker.log(scores, step=run.manifest.get("steps"))
+                tracker.finish()
+        except Exception as error:  # the scores are kept in the run's folder all the same
+            say(f"{each}: does not take the scores: {_told(error)}")
+
+
+def _named(run: runs.Run) -> dict[str, dict[str, Any]]:
+    """How trackers call the run that would draw a name for it, so that it goes on as the same."""
+    name = f"{run.dir.name}-{str(run.manifest['id'])[:8]}"
+    return {"trackio": {"name": name, "resume": "allow"}}
+
+
+@contextlib.contextmanager
+def _printing_aside() -> Iterator[None]:
+    """What a tracker prints goes to standard error: standard output is for the result alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def _told(error: Exception) -> str:

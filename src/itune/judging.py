@@ -12,6 +12,7 @@ from itune import (
     cards,
     contamination,
     errors,
+    memorising,
     memory,
     predictions,
     recipes,
@@ -37,8 +38,13 @@ DEFAULT_METRICS = {
 }
 
 
+# Predictions and losses of the model, and what they are compared with.
+Answered = tuple[results.Predictions, results.Losses, results.Rival | None]
+
+
 def metrics_of(template: templates.Template, wanted: Sequence[str]) -> tuple[str, ...]:
     """The metrics of a template's answers: those that are wanted, else its own, else its task's."""
+    _, wanted = memorising.asked(wanted)
     return tuple(wanted or template.metrics or DEFAULT_METRICS[template.task])
 
 
@@ -101,13 +107,44 @@ def of_model(
         folder = run.dir / "evals" / asked.name
     location = model if run is None else str(run.dir)
     ours = sharing.first_before_others(lambda: Answerer(recipe, location or "", asked, say))
-    _refuse_unserved(ours, recipe)
-    ways = _ways(ours, recipe, metrics)
+    by_heart, metrics = memorising.asked(metrics)
+    alone = by_heart and not metrics  # then nothing is answered
+    if by_heart:
+        memorising.check(ours, recipe)
+    if alone and against is not None:
+        say(f"{memorising.NAME}: of this model alone, so {against} is not asked")
+    ways = {} if alone else _ways(ours, recipe, metrics)
     if folder is not None:
         _make(folder)
-    made, losses, rival = _answered(ours, recipe, against, folder)
+    answered = None if alone else _answered(ours, recipe, against, folder)
+    learnt = memorising.measured(ours, recipe, run) if by_heart else {}
     if sharing.rank() > 0:  # what follows is written, and takes no model
         return {}
+    tasks = {} if answered is None else _scored(ours, recipe, run, ways, answered)
+    tasks |= learnt
+    rate = round(ours.tokens / ours.seconds, 1) if ours.tokens else None
+    result = _result(run, started, rate, tasks)
+    if folder is not None:
+        if answered is not None:
+            _keep(folder, ours, answered)
+        _keep_scores(folder / "scores.json", result, say)
+        say(f"scores and predictions: {folder}")
+    if run is not None and folder is not None and folder.parent == run.dir / "evals":
+        cards.write(run)
+        _track(recipe, run, folder.name, result["tasks"], say)
+        say(f"report: {reports.write(run)}")
+    return result
+
+
+def _scored(
+    ours: Answerer,
+    recipe: recipes.Recipe,
+    run: runs.Run | None,
+    ways: Mapping[str, results.Way],
+    answered: Answered,
+) -> dict[str, Any]:
+    """The tasks of scores.json that are scored by their answers, and those of plain text."""
+    made, losses, rival = answered
     tasks: dict[str, Any] = {}
     for task in ours.tasks:
         tasks[task.name] = results.scored(
@@ -118,17 +155,18 @@ def of_model(
         tasks[name] = results.perplexity(
             name, path, sums, rival, results.Way((), recipe.evaluation)
         )
-    found = None if run is None else contamination.of_scoring(recipe, run, say)
+    found = None if run is None else contamination.of_scoring(recipe, run, ours.say)
     _name_contamination(tasks, recipe, found, ours)
-    rate = round(ours.tokens / ours.seconds, 1) if ours.tokens else None
-    result = _result(run, started, rate, tasks)
-    if folder is not None:
-        _keep(folder, ours, made, rival, result, say)
-        say(f"scores and predictions: {folder}")
-    if run is not None and folder is not None and folder.parent == run.dir / "evals":
-        cards.write(run)
-        say(f"report: {reports.write(run)}")
-    return result
+    return tasks
+
+
+def _track(
+    recipe: recipes.Recipe, run: runs.Run, name: str, tasks: Mapping[str, Any], say: Say
+) -> None:
+    if recipe.tracking.log_with:
+        from itune import jobs
+
+        jobs.track_scores(recipe, run, name, tasks, say)
 
 
 def _ways(ours: Answerer, recipe: recipes.Recipe, metrics: Sequence[str]) -> dict[str, results.Way]:
@@ -201,7 +239,7 @@ def _name_contamination(
 
 def _answered(
     ours: Answerer, recipe: recipes.Recipe, against: str | None, folder: Path | None
-) -> tuple[results.Predictions, results.Losses, results.Rival | None]:
+) -> Answered:
     """Our predictions and losses, and what they are compared with; one model in memory at a time.
 
     The base of an adapter answers first; then the adapter is folded into that same model.
@@ -263,15 +301,9 @@ def _adapts(ours: Answerer, base: Answerer) -> bool:
     return locating.resolve(base.location) == str(adapter["base_model_name_or_path"])
 
 
-def _keep(
-    folder: Path,
-    ours: Answerer,
-    made: results.Predictions,
-    rival: results.Rival | None,
-    result: Mapping[str, Any],
-    say: Say,
-) -> None:
+def _keep(folder: Path, ours: Answerer, answered: Answered) -> None:
     lines = []
+    made, _, rival = answered
     for task in ours.tasks:
         other = {
             (row.row, row.wording): row.prediction
@@ -283,7 +315,9 @@ def _keep(
                 line["against"] = other[row.row, row.wording]
             lines.append(line)
     predictions.write(folder / "predictions.jsonl", lines)
-    scores = folder / "scores.json"
+
+
+def _keep_scores(scores: Path, result: Mapping[str, Any], say: Say) -> None:
     if scores.is_file() and _lasting(runs.read_json(scores)) != _lasting(result):
         aside = predictions.spare(scores)
         storage.DISK.rename(scores, aside)

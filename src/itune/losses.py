@@ -58,6 +58,23 @@ def summed(
     return F.cross_entropy(precise(logits), batch.wanted, reduction="sum")
 
 
+def nats(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
+    """The loss of each target, float32 [targets]."""
+    each: Each = []
+    summed(model, batch, each=each)
+    return torch.cat(each)
+
+
+def surprises(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
+    """1 for each target that is not what the model finds likeliest there, else 0; bool [targets].
+
+    Without any in an answer, greedy decoding writes that answer: each token of it is the
+    likeliest after those before it.
+    """
+    logits = _kept(model, batch) if keeps_logits(model) else _full(model, batch)
+    return logits.argmax(-1) != batch.wanted
+
+
 def precise(x: torch.Tensor) -> torch.Tensor:
     """The same in float32, or in float64 if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,10 +10,14 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import batches
+from itune import batches, objectives
+
+if TYPE_CHECKING:
+    from itune import data, recipes
 
 _ORDERS_KEPT = 2  # a step may lie across the border of two epochs
 
@@ -158,6 +162,34 @@ def plan(
         micro_batch_tokens,
         world,
         padded,
+    )
+
+
+def of_run(
+    settings: recipes.Training,
+    corpus: data.Corpus,
+    *,
+    world: int,
+    padded: bool,
+    changing: bool = False,
+) -> Plan:
+    """The steps of a run; `changing`: what an example is differs from visit to visit."""
+    lengths: Any = corpus.lengths
+    targets: Any = corpus.targets
+    if changing:
+        order = objectives.visits(corpus, settings.seed)
+        lengths, targets = objectives.Repeated(lengths), objectives.Repeated(targets)
+    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
+    return plan(
+        order if changing else lambda epoch: corpus.epoch(epoch, settings.seed),
+        lengths,
+        targets,
+        tokens_per_step=settings.tokens_per_step,
+        micro_batch_tokens=micro,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+        world=world,
+        padded=padded,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from itune import console, data, encoding, firsts, recipes
+from itune import canaries, console, data, encoding, firsts, recipes
 
 SAMPLE_ROWS = 2000  # chosen: a share of it is known to within two points
 SAMPLE_TOKENS = 2_000_000  # chosen: about a second of tokenizing
@@ -152,7 +152,7 @@ def show(
     """
     sources = [
         firsts.Rows(k, source, encoder, recipe.training, command)
-        for k, source in enumerate(recipe.data.train)
+        for k, source in enumerate(canaries.planted(recipe, encoder.family, command=command))
     ]
     shown = firsts.first(sources, number)
     screen.legend()

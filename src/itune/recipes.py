@@ -13,6 +13,7 @@ from pydantic import Field
 
 from itune import checks, errors, records, yamls
 from itune.records import Record
+from itune.sections import Canaries as Canaries
 from itune.sections import Data as Data
 from itune.sections import Evaluation as Evaluation
 from itune.sections import FromScratch as FromScratch

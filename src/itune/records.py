@@ -302,12 +302,16 @@ def _near(path: Path, kind: str) -> str:
     return hint if "Did you mean" in hint else errors.nearest(path.stem, known)
 
 
-def metric_faults(document: yamls.Document, key: yamls.Key, names: Iterable[Any]) -> None:
+def metric_faults(
+    document: yamls.Document, key: yamls.Key, names: Iterable[Any], *, of_model: bool = False
+) -> None:
     """Note the metrics that nobody ships; a path is the user's own metric.
 
+    `of_model`: there is a model to measure, and not its answers alone.
     Looked up late and by name: metrics stand below this file, and a recipe without any needs none.
     """
-    fault = importlib.import_module("itune.metrics").fault
+    known = importlib.import_module("itune.metrics")
     for index, name in enumerate(names):
-        if isinstance(name, str) and (said := fault(name)):
+        measured = of_model and name == known.MEMORISATION
+        if isinstance(name, str) and not measured and (said := known.fault(name)):
             document.fault((*key, index), said)

@@ -187,6 +187,7 @@ def _task(name: str, task: Mapping[str, Any], answered: Answered | None) -> dict
         "classes": details.get("classes", {}),
         "confusion": None if confusion is None else _confusion(confusion),
         "changed": None if against is None else _changed(against.get("changed")),
+        **{key: task.get(key, ()) for key in ("notes", "reproduced", "canaries")},
         "samples": [] if answered is None else answered.samples,
         "lengths": None if answered is None else answered.lengths,
     }

@@ -13,6 +13,7 @@ from itune import intervals
 from itune.intervals import Array
 
 if TYPE_CHECKING:
+    from itune.metrics import tables
     from itune.metrics.sufficient import SufficientMetric
     from itune.metrics.tables import Table
 
@@ -68,6 +69,80 @@ def compare(
     intervals.check(confidence, resamples)
     pairs = [(_table_of(metric, ours), _table_of(metric, theirs))]
     return differences(pairs, len(ours), confidence, resamples, seed)
+
+
+def mean(
+    rows: Array,
+    *,
+    signature: str,
+    bounds: tuple[float, float],
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Score:
+    """The mean over rows of (sum, number of values), [rows, 2], with its interval."""
+    intervals.check(confidence, resamples)
+    table = _mean_of(rows, signature, bounds)
+    return scores([table], len(rows), confidence, resamples, seed)[signature]
+
+
+def apart(
+    ours: Array,
+    theirs: Array,
+    *,
+    signature: str,
+    bounds: tuple[float, float],
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Score:
+    """The mean of ours minus that of theirs, rows that have nothing to do with each other.
+
+    As `mean` takes them; each side is resampled by itself. What a row pulls is what it adds to its
+    own side's mean (Efron and Tibshirani 1993, section 14.5, for several samples).
+    """
+    intervals.check(confidence, resamples)
+    sides = [_mean_of(rows, signature, bounds) for rows in (ours, theirs)]
+    found = [table.values()[signature] for table in sides]
+    drawn = [
+        np.concatenate(
+            [
+                table.resampled(weights)[signature]
+                # Another seed for the other side: the same draws would pair the rows.
+                for weights in intervals.weights(len(table.rows), resamples, 2 * seed + side)
+            ]
+        )
+        for side, table in enumerate(sides)
+    ]
+    value = found[0] - found[1]
+    low, high = intervals.interval(
+        value,
+        drawn[0] - drawn[1],
+        _pulled(sides, signature, value),
+        bounds=(bounds[0] - bounds[1], bounds[1] - bounds[0]),
+        confidence=confidence,
+        n_rows=min(len(ours), len(theirs)),
+    )
+    return Score(value, low, high, signature)
+
+
+def _pulled(sides: Sequence[Table], key: str, value: float) -> Array | None:
+    """The difference without each row of either side, or None where one has a single row."""
+    mine, others = (table.left_out() for table in sides)
+    if mine is None or others is None:
+        return None
+    first, second = (table.values()[key] for table in sides)
+    return np.concatenate([value + mine[key] - first, value - others[key] + second])
+
+
+def _mean_of(rows: Array, signature: str, bounds: tuple[float, float]) -> tables.Summed:
+    from itune.metrics import tables
+
+    def values(sums: Array) -> dict[str, Array]:
+        return {signature: sums[..., 0] / sums[..., 1]}
+
+    given = np.asarray(rows, np.float64)
+    return tables.Summed(given, values, {signature: signature}, bounds, np.arange(len(given)))
 
 
 # --- tables -------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,13 @@ def _scores(name: str, task: Mapping[str, Any], interval: str) -> Table:
             theirs = other["scores"][key]
             cells[-1] += [number(theirs["value"]), bounds(theirs)]
     notes = [] if other is None else _odd(other, f"{_called(other['name'])}: ")
-    notes = [*_odd(task, ""), *notes, *_leaked(task)]
+    notes = [*_odd(task, ""), *notes, *_leaked(task), *_wrapped(task.get("notes", ()))]
     return Table(f"{name}: {rows}{wordings}", columns, cells, notes)
+
+
+def _wrapped(notes: Iterable[str]) -> list[str]:
+    """What else is said of a task, in lines that fit."""
+    return [line for note in notes for line in textwrap.wrap(note, 80)]
 
 
 def _leaked(task: Mapping[str, Any]) -> list[str]:

@@ -129,6 +129,51 @@ def _listed(value: Any) -> Any:
 Sources = Annotated[tuple[Source, ...], pydantic.BeforeValidator(_listed)]
 
 
+MOST_DIGITS = 18  # numbers of so many digits fit in 64 bits
+
+
+class Canaries(Record):
+    """Made-up secrets that are planted among the training rows, so that `itune eval --metric
+    memorisation` can tell how far the model learns by heart what it met so often."""
+
+    count: Annotated[Whole, Field(ge=1, le=1000)] = 10
+    """Canaries of each number of `repeats`, all different."""
+    repeats: Annotated[tuple[Annotated[Whole, Field(ge=1, le=1000)], ...], Field(min_length=1)] = (
+        1,
+        4,
+        16,
+    )
+    """How often an epoch sees a canary: some once, some four times, and so on."""
+    prompt: Text = "What is the code of vault ####?"
+    """What the canary answers; each `#` becomes a digit at random."""
+    response: Text = "The code is #########."
+    """The secret; each `#` becomes a digit at random. Plain text has the prompt, a space and it."""
+
+    @pydantic.field_validator("repeats")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"{list(value)} names a number twice. Raise count instead.")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _enough_digits(self) -> Canaries:
+        wanted, digits = self.count * len(self.repeats), self.response.count("#")
+        if not 1 <= digits <= MOST_DIGITS:
+            raise ValueError(
+                f"response: has {digits} `#`, each of which becomes a digit at random. Write 1 to "
+                f"{MOST_DIGITS} of them."
+            )
+        # Of one prompt there is one answer, unless all canaries share it.
+        told = "prompt" if "#" in self.prompt else "response"
+        if (most := 10 ** getattr(self, told).count("#")) < wanted:
+            raise ValueError(
+                f"{told}: {wanted} canaries are wanted, and its `#` make {most} different ones. "
+                "Write more `#`, or lower count."
+            )
+        return self
+
+
 class Data(Record):
     """What is trained on and what is measured on: each one source, or a list of them."""
 
@@ -140,6 +185,8 @@ class Data(Record):
     """Train although held-out rows are in the training data too; scores name how many."""
     max_dropped: Annotated[Number, Field(ge=0, le=1)] = 0.01
     """The share of a training source's rows that may be left out; more is an error."""
+    canaries: Canaries | None = None
+    """Made-up secrets to plant among the training rows; none when left out, `{}` for the usual."""
 
 
 # Those of transformers.SchedulerType that follow from the number of steps alone.
@@ -247,6 +294,8 @@ class Evaluation(Record):
     """How one of a template's choices is picked: the likeliest, or what the model writes."""
     shots: Annotated[Whole, Field(ge=0, le=1000)] = 0
     """Solved rows of the training data before each question. `--shots` says the same."""
+    candidates: Annotated[Whole, Field(ge=1, le=100_000)] = 1023
+    """Secrets that were not planted, among which each canary is ranked (`memorisation`)."""
 
 
 class Tracking(Record):
@@ -254,7 +303,8 @@ class Tracking(Record):
 
     log_with: tuple[Text, ...] = ()
     """Trackers by the names that Accelerate gives them: tensorboard, trackio, wandb, mlflow. They
-    get the curves and, as `final/loss` and so on, the result, but not what `itune eval` finds."""
+    get the curves live, the result as `final/loss` and so on, and as `eval/TASK/METRIC` the scores
+    of each `itune eval` that the run's folder keeps."""
     project_name: Text = "itune"
     """The project under which the trackers file the run."""
 

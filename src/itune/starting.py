@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from itune import (
     adapters,
     batches,
+    canaries,
     charts,
     contamination,
     data,
@@ -23,7 +25,6 @@ from itune import (
     launching,
     models,
     objectives,
-    plans,
     probing,
     recipes,
     runs,
@@ -32,34 +33,6 @@ from itune import (
 )
 
 Say = Callable[[str], None]
-
-
-def planned(
-    settings: recipes.Training,
-    corpus: data.Corpus,
-    *,
-    world: int,
-    padded: bool,
-    changing: bool = False,
-) -> plans.Plan:
-    """The steps of a run; `changing`: what an example is differs from visit to visit."""
-    lengths: Any = corpus.lengths
-    targets: Any = corpus.targets
-    if changing:
-        order = objectives.visits(corpus, settings.seed)
-        lengths, targets = objectives.Repeated(lengths), objectives.Repeated(targets)
-    micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
-    return plans.plan(
-        order if changing else lambda epoch: corpus.epoch(epoch, settings.seed),
-        lengths,
-        targets,
-        tokens_per_step=settings.tokens_per_step,
-        micro_batch_tokens=micro,
-        epochs=settings.num_train_epochs,
-        max_steps=settings.max_steps,
-        world=world,
-        padded=padded,
-    )
 
 
 def path(
@@ -89,26 +62,21 @@ def prepared(
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
     """The encoder, the training data and the held-out data of a run."""
     command = str(run.manifest["command"])
-    encoder, corpus, heldout = read(recipe, tokenizer(recipe, run, command), command)
+    encoder, corpus, heldout = read(recipe, tokenizer(recipe, run, command), command, run.dir)
     _refuse_other_rows(run, corpus)
     contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
 
 
 def read(
-    recipe: recipes.Recipe, tokenizer: Any, command: str
+    recipe: recipes.Recipe, tokenizer: Any, command: str, folder: Path | None = None
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
-    """The encoder, the training data and the held-out data of a recipe."""
+    """The encoder, the training data and the held-out data of a recipe; its canaries lie in the
+    folder, or in itune's cache."""
     settings = recipe.training
     encoder = families.encoder(models.family_of(recipe.model), tokenizer)
-    corpus = data.corpus(
-        recipe.data.train,
-        encoder,
-        settings,
-        visits=None if settings.max_steps > 0 else settings.num_train_epochs,
-        command=command,
-        max_dropped=recipe.data.max_dropped,
-    )
+    train = canaries.planted(recipe, encoder.family, folder, command)
+    corpus = canaries.corpus(recipe, train, encoder, command)
     heldout = data.heldout(recipe, encoder, command)
     objective = objectives.of(encoder, settings)
     corpus = objectives.counted(corpus, objective, encoder.room)
@@ -197,10 +165,13 @@ def refuse_untrained(model: Any) -> tuple[int, int]:
 
 def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
     """What the user is told of the training data, a line each."""
-    for report in corpus.reports:
-        yield from report.notes
-        if not report.read_as.startswith("template "):
-            yield f"{report.path}: read as {report.read_as}"
+    told = {
+        line: None
+        for report in corpus.reports
+        for line in (*report.notes, f"{report.path}: read as {report.read_as}")
+        if not line.startswith(f"{report.path}: read as template ")
+    }
+    yield from told
     for path in sorted({source.path for source in corpus.sources if source.streaming}):
         yield (
             f"{path}: a stream: masks and overlap with held-out rows are looked at in its first "

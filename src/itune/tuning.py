@@ -25,6 +25,7 @@ from itune import (
     models,
     objectives,
     origins,
+    plans,
     pushing,
     recipes,
     rehearsing,
@@ -54,7 +55,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
         screen.say(line)
-    accelerator = jobs.accelerator(recipe, place)
+    accelerator = jobs.accelerator(recipe, run, place)
     with jobs.tracked(accelerator, screen.say):
         _tuned(recipe, run, screen, accelerator, encoder, corpus, heldout)
 
@@ -81,7 +82,7 @@ def _tuned(
     total, trainable = starting.refuse_untrained(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     objective = objectives.of(encoder, settings)
-    plan = starting.planned(
+    plan = plans.of_run(
         settings,
         corpus,
         world=accelerator.num_processes,

@@ -31,6 +31,8 @@ METRICS = {
     "squad_em": "squad:SquadEm",
     "squad_f1": "squad:SquadF1",
 }
+# Asked of a model and its training rows, not of answers: `itune.memorising` measures it.
+MEMORISATION = "memorisation"
 # Those that are told which labels there are.
 LABELLED = ("f1", "matthews_correlation")
 # How words are cut where that is not left to the script of the references: `bleu:zh`.
@@ -60,6 +62,11 @@ def fault(name: str) -> str:
         return "" if known else f"{errors.shown(name)} is no NAME@REVISION of the hub."
     if name in ("perplexity", "bits_per_byte"):
         return f"{name} is measured on sources without a template, unasked. Leave it out."
+    if name == MEMORISATION:
+        return (
+            f"{name} is measured on a model and its training rows, not on answers. Ask for it with "
+            "itune eval --metric memorisation, or in evaluation.metrics."
+        )
     base, colon, words = name.partition(":")
     if base not in METRICS:
         if "/" in name:
@@ -67,7 +74,7 @@ def fault(name: str) -> str:
                 f"unknown metric {errors.shown(name)}. One of the hub needs its revision, "
                 f"because its code runs: {errors.inert(name)}@COMMIT."
             )
-        hint = errors.nearest(base, METRICS)
+        hint = errors.nearest(base, (*METRICS, MEMORISATION))
         own = "" if "Did" in hint else " A path that ends in .py loads your own."
         return f"unknown metric {errors.shown(name)}.{hint}{own}"
     if colon and words not in WORDS.get(base, ()):

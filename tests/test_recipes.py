@@ -361,8 +361,8 @@ def test_no_training_source_is_told() -> None:
 
 @pytest.mark.parametrize("command", ["pretrain", "tune", "eval", "generate"])
 def test_a_section_that_nothing_implements_is_refused(command: str) -> None:
-    text = GOOD + "plan: {price_per_hour: 2}\n"
-    assert "plan: unknown key" in faults(text, command)[0]
+    text = GOOD + "budget: {price_per_hour: 2}\n"
+    assert "budget: unknown key" in faults(text, command)[0]
 
 
 # --- secrets ------------------------------------------------------------------------------------

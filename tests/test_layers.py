@@ -45,6 +45,7 @@ ORDER = (
     "orders",
     "cache",
     "files",
+    "fetching",
     "sources",
     "fitting",
     "cases",

@@ -92,4 +92,4 @@ def _looked_at(opened: opening.Rows) -> datasets.Dataset:
         return rows
     import datasets
 
-    return datasets.Dataset.from_list(list(itertools.islice(iter(opened.data), STREAM_ROWS)))
+    return datasets.Dataset.from_list(list(itertools.islice(opened.each(), STREAM_ROWS)))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import cache, errors, files, recipes
+from itune import cache, errors, fetching, files, recipes
 from itune.files import one_line
 
 if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
-COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,26 @@ class Rows:
         """The number, from 0, that a row of `data` has in the whole source."""
         return index if self.taken is None else int(self.taken[index])
 
+    def each(self) -> Iterator[Mapping[str, Any]]:
+        """Every row in order. Raises DataError where a stream cannot be read on."""
+        number = 0
+        try:
+            for row in self.data:
+                number += 1
+                yield row
+        except (ValueError, OSError) as error:  # pyarrow's and pandas' own are ValueErrors
+            if not self.source.streaming:
+                raise
+            raise errors.DataError(
+                f"{self.source.path}: cannot be read on after row {number}: {one_line(error)} "
+                "Mend it; without streaming the file and line are told."
+            ) from error
+
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
         names: Any = self.data.column_names
-        return list(next(iter(self.data), {}) if names is None else names)
+        return list(next(self.each(), {}) if names is None else names)
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages: its file and line where they are known."""
@@ -292,67 +306,10 @@ def _built(source: recipes.Source, builder: str, split: str, options: dict[str, 
 
 
 def _hub(source: recipes.Source, split: str) -> Rows:
-    import datasets
-
-    options: dict[str, Any] = {"streaming": True} if source.streaming else {}
-    try:
-        rows = datasets.load_dataset(
-            source.path,
-            source.name,
-            data_files=source.data_files,
-            revision=source.revision,
-            split=split,
-            **options,
-        )
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise errors.DataError(
-            f"{source.path}: neither a file or folder here ({Path.cwd()}) nor a data set that the "
-            "hub shows you. Check the name; for a gated one, set HF_TOKEN."
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise errors.EnvironmentRefusal(
-            f"{source.path}: no such file here and the hub cannot be reached ({one_line(error)}). "
-            "Name a local file with --set data.train.path=FILE, or go online."
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        text = one_line(error)
-        if "script" in text.lower():
-            text += " Scripts are not run: ask for a version of it in Parquet."
-        raise errors.DataError(f"{source.path}: {text}") from error
-    commit = _commit(rows, source)
-    _check_revision(source, commit)
+    found = fetching.fetched(source, split)
     asked = [source.path, source.name, source.model_dump(mode="json")["data_files"], split]
-    identity = ["hub", *asked, commit or rows._fingerprint, source.streaming]
-    return Rows(source, rows, identity, commit)
-
-
-def _commit(rows: Any, source: recipes.Source) -> str | None:
-    """The commit that the rows are of: `datasets` keeps them in a folder named by it."""
-    if not source.streaming:
-        for file in rows.cache_files:
-            if found := COMMIT.findall(file["filename"]):
-                return str(found[-1])
-        return None
-    import huggingface_hub
-
-    return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision).sha
-
-
-def _check_revision(source: recipes.Source, commit: str | None) -> None:
-    """Offline `datasets` takes any revision that it has kept. Raises DataError for another one."""
-    import datasets
-
-    if source.revision in (None, commit) or commit is None:
-        return
-    known = cache.root() / "commits" / cache.fingerprint([source.path, source.revision])
-    if not datasets.config.HF_HUB_OFFLINE:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(commit, encoding="utf-8")
-    elif not known.is_file() or known.read_text(encoding="utf-8") != commit:
-        raise errors.DataError(
-            f"{source.path}: revision {source.revision!r} was not loaded here; what is kept is "
-            f"commit {commit}. Go online once, or set revision to that commit."
-        )
+    identity = ["hub", *asked, found.commit, source.streaming]
+    return Rows(source, found.data, identity, found.commit, found.notes)
 
 
 # --- columns and limits -------------------------------------------------------------------

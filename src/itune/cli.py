@@ -45,7 +45,8 @@ ProcessesOption = Annotated[
     typer.Option("--processes", "-p", metavar="N", min=1, help="Processes, one a device."),
 ]
 PreviewOption = Annotated[
-    int, typer.Option("--preview", metavar="N", min=0, help="Show N examples as tokens, and stop.")
+    int | None,
+    typer.Option("--preview", metavar="N", min=1, help="Show N examples as tokens, and stop."),
 ]
 FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Move an earlier run in the folder aside and start anew.")
@@ -76,7 +77,7 @@ def pretrain(
     sets: SetOption = None,
     output: OutputOption = None,
     processes: ProcessesOption = None,
-    preview: PreviewOption = 0,
+    preview: PreviewOption = None,
     fresh: FreshOption = False,
     allow_change: AllowOption = None,
     as_json: JsonOption = False,
@@ -88,7 +89,12 @@ def pretrain(
 
     common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
     commands.train(
-        "pretrain", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
+        "pretrain",
+        common,
+        sys.argv[1:],
+        preview=preview or 0,
+        fresh=fresh,
+        allowed=allow_change or (),
     )
 
 
@@ -98,7 +104,7 @@ def tune(
     sets: SetOption = None,
     output: OutputOption = None,
     processes: ProcessesOption = None,
-    preview: PreviewOption = 0,
+    preview: PreviewOption = None,
     fresh: FreshOption = False,
     allow_change: AllowOption = None,
     as_json: JsonOption = False,
@@ -110,7 +116,7 @@ def tune(
 
     common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
     commands.train(
-        "tune", common, sys.argv[1:], preview=preview, fresh=fresh, allowed=allow_change or ()
+        "tune", common, sys.argv[1:], preview=preview or 0, fresh=fresh, allowed=allow_change or ()
     )
 
 

@@ -45,6 +45,7 @@ ORDER = (
     "orders",
     "cache",
     "files",
+    "tables",
     "fetching",
     "sources",
     "fitting",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itune import cache, errors, recipes
+from itune import cache, errors, files, recipes
 from itune.files import one_line
 
 COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
@@ -52,6 +52,32 @@ def fetched(source: recipes.Source, split: str) -> Fetched:
 
 
 def _refuse_name(source: recipes.Source) -> None:
+    """Raise DataError for a path that leads to nothing here and cannot be of the hub."""
+    path = Path(source.path).expanduser()
+    if path.is_symlink():
+        raise errors.DataError(
+            f"{source.path}: leads to {path.readlink()}, which is not there. Mend the link."
+        )
+    if "://" in source.path:
+        raise errors.DataError(
+            f"{source.path}: an address, and rows are read from files and from the hub alone. "
+            "Fetch it first, and name the file."
+        )
+    if files.kind(path) is not None:
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = [each for each in near if files.kind(each) is not None]
+        raise errors.DataError(
+            f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)}"
+        )
+    if source.path in files.BUILDERS.values():
+        raise errors.DataError(
+            f"{source.path}: the name of a kind of file, not of one. Set path to the file itself, "
+            "a pattern or a folder, and leave data_files out."
+        )
+    _refuse_repository(source)
+
+
+def _refuse_repository(source: recipes.Source) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import cache, errors, fetching, files, recipes
+from itune import cache, errors, fetching, files, recipes, tables
 from itune.files import one_line
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def read(source: recipes.Source) -> Rows:
         saved = [path / name for name in ("state.json", "dataset_dict.json")]
         whole = any(each.is_file() for each in saved)
         rows = _saved(source, path, split) if whole else _folder(source, path, split)
+    elif path.is_file():  # also one whose name looks like a pattern
+        rows = _files(source, [str(path)], split)
     elif glob.has_magic(source.path):
         # The pattern as the user typed it, relative or absolute: Path.glob takes relative alone.
         every = glob.glob(str(path), recursive=True)  # noqa: PTH207
@@ -104,13 +106,6 @@ def read(source: recipes.Source) -> Rows:
                 f"{source.path}: no file matches, in {Path.cwd()}. Check the pattern."
             )
         rows = _files(source, found, split)
-    elif path.is_file():
-        rows = _files(source, [str(path)], split)
-    elif files.kind(path) is not None:
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise errors.DataError(
-            f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)}"
-        )
     else:
         rows = _hub(source, split)
     return _shaped(rows)
@@ -132,7 +127,13 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
     """A folder that `save_to_disk` wrote, of one split or of several."""
     import datasets
 
-    made = datasets.load_from_disk(str(path))
+    try:
+        made = datasets.load_from_disk(str(path))
+    except (ValueError, OSError, KeyError) as error:
+        raise errors.DataError(
+            f"{source.path}: a folder that save_to_disk wrote, but not a whole one: "
+            f"{one_line(error)} Was the copy cut? Fetch it again."
+        ) from error
     name = _name(split, source.path)
     splits = dict(made) if isinstance(made, datasets.DatasetDict) else {name: made}
     if name not in splits:
@@ -204,7 +205,9 @@ def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:
         wanted = wanted[name]
     out: list[str] = []
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        found = sorted(str(each) for each in path.glob(pattern) if each.is_file())
+        # The pattern as the user typed it, relative or absolute: Path.glob takes relative alone.
+        every = glob.glob(str(path / pattern), recursive=True)  # noqa: PTH207
+        found = sorted(each for each in every if Path(each).is_file())
         if not found:
             raise errors.DataError(f"{source.path}: data_files: no file matches {pattern!r}.")
         out += found
@@ -217,49 +220,64 @@ def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:
 def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
     suffix = _one_kind(source, names)
     _refuse_keys(source, suffix)
-    name = _name(split, source.path)
-    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {}
     if source.field is not None:
         options["field"] = source.field
     if suffix == ".txt" and source.sample_by is not None:
         options["sample_by"] = source.sample_by
-    builder = files.BUILDERS[suffix]
-    notes: tuple[str, ...] = ()
-    content: list[Any]
-    paths: list[Path]
-    where: dict[str, Any]
     if source.streaming:
-        where = {"data_files": {name: names}, "streaming": True}
-        states = [Path(each).stat() for each in names]
-        content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
-        paths = []
-    else:
-        paths = [files.unpacked(Path(each)) for each in names]
-        if files.check(paths, names, suffix, source.field):
-            notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
-        content = [cache.digest(each) for each in paths]
-        # Kept by what is in the files: `datasets` itself goes by their time of change alone.
-        kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
-        cache.use(kept)
-        where = {"data_files": {name: [str(each) for each in paths]}, "cache_dir": str(kept)}
-    if suffix == ".csv" and paths and (found := files.separator(paths[0])) != ",":
-        options["sep"] = found
-        notes = (*notes, f"{source.path}: its columns are separated by {found!r}")
-    rows = _built(source, builder, split, {**where, **options})
-    for path, name, digest in zip(paths, names, content, strict=False):
+        return _stream(source, names, suffix, options, split)
+    builder = files.BUILDERS[suffix]
+    paths = [files.unpacked(Path(each)) for each in names]
+    notes: tuple[str, ...] = ()
+    if files.check(paths, names, suffix, source.field):
+        notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
+    digests = [cache.digest(each) for each in paths]
+    content: list[Any] = [*digests]
+    features = None
+    if builder == "csv":
+        table = tables.look(paths, names, suffix)
+        if source.template is None:  # a format's columns are texts, whatever they look like
+            table.columns = dict.fromkeys(table.columns, "string")
+        content.append(sorted(table.columns.items()))
+        features = tables.features(table)
+        options |= tables.options(table)
+        notes = tuple(f"{source.path}: {each}" for each in tables.told(table, suffix))
+    # Kept by what is in the files: `datasets` itself goes by their time of change alone.
+    kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
+    cache.use(kept)
+    rows = _built(source, builder, split, paths, cache_dir=str(kept), features=features, **options)
+    for path, name, digest in zip(paths, names, digests, strict=True):
         if cache.digest(path) != digest:
             raise errors.DataError(
                 f"{name}: changed while it was read (sha256 {digest[:12]} before, "
                 f"{cache.digest(path)[:12]} now). Let whoever writes it finish, then run again."
             )
     plain = suffix == ".jsonl" and not notes and "[" not in split
-    return Rows(
-        source,
-        rows,
-        ["files", builder, content, options, split if "[" in split else None, source.streaming],
-        notes=notes,
-        lines=tuple(zip(names, paths, strict=True)) if plain and paths else (),
-    )
+    identity = ["files", builder, content, options, split if "[" in split else None, False]
+    lines = tuple(zip(names, paths, strict=True)) if plain else ()
+    return Rows(source, rows, identity, notes=notes, lines=lines)
+
+
+def _stream(
+    source: recipes.Source, names: list[str], suffix: str, options: dict[str, Any], split: str
+) -> Rows:
+    import datasets
+
+    packed = next((each for each in names if each.lower().endswith(".zst")), None)
+    if packed and not datasets.config.ZSTANDARD_AVAILABLE:
+        raise errors.DataError(
+            f"{packed}: a stream of .zst needs one more package: pip install zstandard. Or leave "
+            "streaming out, or pack it as .gz."
+        )
+    builder = files.BUILDERS[suffix]
+    states = [Path(each).stat() for each in names]
+    content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
+    if builder == "csv":
+        with files.opened(Path(names[0])) as file:
+            options["sep"] = tables.separator(file, suffix)
+    rows = _built(source, builder, split, [Path(each) for each in names], streaming=True, **options)
+    return Rows(source, rows, ["files", builder, content, options, None, True])
 
 
 def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
@@ -275,6 +293,11 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
         raise errors.DataError(
             f"{names[0]}: a tar archive, which is not read. Unpack it and name the folder."
         )
+    if suffix in files.PACKED:
+        raise errors.DataError(
+            f"{names[0]}: its name does not say what is packed in it. Call it as in rows.jsonl"
+            f"{suffix}."
+        )
     if suffix not in files.BUILDERS:
         raise errors.DataError(
             f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"
@@ -289,13 +312,23 @@ def _refuse_keys(source: recipes.Source, suffix: str) -> None:
         raise errors.DataError(f"{source.path}: sample_by is for .txt, not {suffix}. Delete it.")
 
 
-def _built(source: recipes.Source, builder: str, split: str, options: dict[str, Any]) -> Any:
+def _built(
+    source: recipes.Source, builder: str, split: str, paths: Sequence[Path], **options: Any
+) -> Any:
     import datasets
 
+    # A name with brackets in it is that name, not a pattern.
+    found = {_name(split, source.path): [glob.escape(str(each)) for each in paths]}
     try:
-        return datasets.load_dataset(builder, split=split, **options)
+        return datasets.load_dataset(builder, data_files=found, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
         cause = error.__cause__ or error
+        if "column names don't match" in str(cause):
+            raise errors.DataError(
+                f"{source.path}: its files do not have the same columns: "
+                f"{one_line(cause).partition(' because ')[0]}. Make a source of each kind, with "
+                "rename where it is needed."
+            ) from error
         raise errors.DataError(
             f"{source.path}: cannot be read as {builder}: {one_line(cause)} "
             "Check the file and data.*.split."
@@ -322,6 +355,10 @@ def _shaped(rows: Rows) -> Rows:
     if missing:
         raise errors.DataError(
             f"{source.path}: rename: no column {missing[0]!r}.{errors.nearest(missing[0], columns)}"
+        )
+    if len(set(source.rename.values())) < len(source.rename):
+        raise errors.DataError(
+            f"{source.path}: rename: two columns would be called the same. Choose other names."
         )
     taken = sorted(set(source.rename.values()) & (set(columns) - set(source.rename)))
     if taken:

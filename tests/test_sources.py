@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bz2
-import gc
 import fcntl
+import gc
 import gzip
 import json
 import lzma

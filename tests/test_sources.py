@@ -767,3 +767,16 @@ def test_what_a_path_leads_to_is_told() -> None:
     renamed = {"prompt": "x", "completion": "x"}
     with pytest.raises(errors.DataError, match="two columns would be called the same"):
         rows_of(written("rows.jsonl"), rename=renamed)
+
+
+def test_rows_alike_are_counted_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("slow.yaml").write_text(
+        "task: generation\nprompts: ['{{ prompt }}{{ missing }}']\nresponse: '{{ completion }}'\n"
+    )
+    rows = sources_.read(source(written("rows.jsonl"), template="./slow.yaml"))
+    how = cases.reading(rows)
+    with pytest.raises(errors.DataError, match=r" 6 such rows of 6\.$"):
+        cases.placed(rows, how, 0, rows.data[0], 0)
+    monkeypatch.setattr(cases, "SECONDS", -1.0)
+    with pytest.raises(errors.DataError, match=r" 1 such row of 1 looked at\.$"):
+        cases.placed(rows, how, 0, rows.data[0], 0)

@@ -241,7 +241,7 @@ def test_what_the_hub_cannot_give_is_named(filled: Hub) -> None:
     for kind, _ in (broken, stream, empty, unmatched, unknown, nested):
         assert kind == "DataError"
     assert "cannot be read" in broken[1]
-    assert "cannot be read on" in stream[1]
+    assert "cannot be read" in stream[1]
     assert "holds no files of rows" in empty[1]
     assert "no file of it matches 'nothing*'" in unmatched[1]
     assert "no revision 'v9'" in unknown[1]

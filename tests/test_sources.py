@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import fcntl
 import gc
 import gzip
@@ -780,3 +781,19 @@ def test_rows_alike_are_counted_for_a_moment_only(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cases, "SECONDS", -1.0)
     with pytest.raises(errors.DataError, match=r" 1 such row of 1 looked at\.$"):
         cases.placed(rows, how, 0, rows.data[0], 0)
+
+
+def test_a_stream_that_breaks_is_told_in_one_line() -> None:
+    text_file("broken.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
+    with pytest.raises(errors.DataError, match=r"broken\.jsonl: cannot be read: JSON parse error"):
+        sources_.read(source("broken.jsonl", streaming=True))
+    text_file("good.jsonl", '{"prompt": "a", "completion": "b"}\n' * 3)
+    rows = sources_.read(source("good.jsonl", streaming=True))
+    stop = dataclasses.replace(rows, data=_two_then_broken())
+    with pytest.raises(errors.DataError, match=r"good\.jsonl: cannot be read on after row 2: torn"):
+        list(stop.each())
+
+
+def _two_then_broken() -> Any:
+    yield from ({"prompt": "a"}, {"prompt": "b"})
+    raise ValueError("torn")

@@ -52,8 +52,9 @@ class Rows:
         except (ValueError, OSError) as error:  # pyarrow's and pandas' own are ValueErrors
             if not self.source.streaming:
                 raise
+            after = f" on after row {number}" if number else ""
             raise errors.DataError(
-                f"{self.source.path}: cannot be read on after row {number}: {one_line(error)} "
+                f"{self.source.path}: cannot be read{after}: {one_line(error)} "
                 "Mend it; without streaming the file and line are told."
             ) from error
 

@@ -51,11 +51,15 @@ given both in one place they are refused.
 ## Where rows come from
 
 `path` is a file, a pattern (`data/**/*.jsonl`), a folder, or a data set of the hub. Files are
-`.jsonl`, `.json` (a list, or `field` names the key that it is under), `.csv`, `.tsv`, `.parquet`,
-`.arrow` and `.txt` (`sample_by`: line, paragraph, document), each also packed alone as `.gz`,
-`.bz2`, `.xz`, `.zst` or `.zip`. A folder holds files of one kind; where their names tell splits
-apart (`train-0.jsonl`, `test.jsonl`), `split` picks among them. So do folders that `save_to_disk`
-wrote.
+`.jsonl` (or `.ndjson`), `.json` (a list, or `field` names the key that it is under), `.csv`,
+`.tsv`, `.parquet`, `.arrow` and `.txt` (`sample_by`: line, paragraph, document), each also packed
+alone as `.gz`, `.bz2`, `.xz`, `.zst` or `.zip`. A folder holds files of one kind;
+where their names tell splits apart (`train-0.jsonl`, `test.jsonl`), `split` picks among them, as it
+does in folders that `save_to_disk` wrote. A cell of a table stands for its text: `007` stays `007`.
+
+A data set of the hub is of the commit that `revision` stands for. Where the hub cannot be reached,
+with `HF_HUB_OFFLINE=1` or without, it is what was loaded here of that commit, and the run says so;
+of a commit that was never loaded here there are no rows, and the command ends.
 
 Without a template the columns say what a row is, and itune says what it took them for:
 

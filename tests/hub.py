@@ -6,6 +6,7 @@ imported: so it serves processes that are started afterwards.
 
 Who may do what stands in files that are read at each request: ROOT/writers and ROOT/readers hold
 tokens, one a line; ROOT/private the repositories (`models/org/name`) that others do not see.
+ROOT/revisions, where there is one, holds the revisions that there are.
 Models take commits, of files in the request and of large ones by Git LFS (HF_HUB_DISABLE_XET=1).
 """
 
@@ -268,6 +269,8 @@ class Answer(BaseHTTPRequestHandler):
         verb, _, tail = rest.partition("/")
         if repository is None or not self.may_read(repository):
             self.missing("RepoNotFound", status=401)  # as the real one says to strangers
+        elif verb == "revision" and not self.known(repository, tail):
+            self.missing("RevisionNotFound")
         elif verb in ("", "revision"):
             self.json(repository.info())
         elif verb == "refs":
@@ -277,6 +280,10 @@ class Answer(BaseHTTPRequestHandler):
             self.tree(repository, tail.partition("/")[2])
         else:
             self.missing("EntryNotFound")
+
+    def known(self, repository: Repository, revision: str) -> bool:
+        names = self.server.lines("revisions")
+        return not names or revision in (*names, repository.sha())
 
     def tree(self, repository: Repository, name: str) -> None:
         folder = repository.inside(name)

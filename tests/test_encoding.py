@@ -121,6 +121,9 @@ def test_rows_of_messages_and_of_sharegpt_are_the_same() -> None:
     assert formats.conversation({"messages": talk}) == formats.conversation(
         {"conversations": shared}
     )
+    assert formats.conversation({"conversations": talk}) == formats.conversation(
+        {"messages": shared}
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,11 @@ def test_rows_of_messages_and_of_sharegpt_are_the_same() -> None:
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant"),
         ({"messages": [{"role": "user"}]}, "expected 'role' and 'content'"),
         ({"other": 1}, "the row has other"),
+        ({"messages": [{"role": "user", "content": None}]}, "Write one, or take the row out"),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}]},
+            "a call of a tool without any. Write the call there as text",
+        ),
     ],
 )
 def test_a_broken_conversation_is_named(row: dict[str, Any], said: str) -> None:

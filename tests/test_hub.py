@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ out = []
 for keys in json.loads(sys.argv[1]):
     try:
         rows = sources.read(recipes.Source(**keys))
-        out.append([[row["text"] for row in rows.data], rows.commit])
+        out.append([[row["text"] for row in rows.each()], rows.commit])
     except errors.ItuneError as error:
         out.append([type(error).__name__, str(error)])
 print(json.dumps(out))
@@ -167,6 +168,84 @@ def test_sources_of_the_hub_are_read_pinned_sliced_and_kept(filled: Hub) -> None
     assert again == [films, commit]
     assert never[0] == "EnvironmentRefusal"
     assert "cannot be reached" in never[1]
+
+
+def closed_port() -> str:
+    """The address of a hub that does not answer."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_down_never_gives_rows_of_another_revision(filled: Hub) -> None:
+    from hub import Repository
+
+    root, env = filled
+    reviews = root / "datasets" / "tiny" / "reviews"
+    repository = Repository("datasets", "tiny/reviews", reviews)
+    first = repository.sha()
+    films = [f"film {i} was fine" for i in range(8)]
+    read(env, {"path": "tiny/reviews"}, {"path": "tiny/reviews", "revision": "v1"})
+    (reviews / "train.jsonl").write_text('{"text": "newer", "label": 0}\n', encoding="utf-8")
+    second = repository.sha()
+    named = {"path": "tiny/reviews", "data_files": "train.jsonl"}
+    read(env, {"path": "tiny/reviews", "revision": "v2"}, {**named, "revision": "v2"})
+
+    down = {**env, "HF_ENDPOINT": closed_port()}
+    offline = {**down, "HF_HUB_OFFLINE": "1"}
+    for silent, kind in ((down, "EnvironmentRefusal"), (offline, "DataError")):
+        newest, v1, v2, files, commit, other, files_of_v1 = read(
+            silent,
+            {"path": "tiny/reviews"},
+            {"path": "tiny/reviews", "revision": "v1"},
+            {"path": "tiny/reviews", "revision": "v2"},
+            {**named, "revision": "v2"},
+            {"path": "tiny/reviews", "revision": first},
+            {"path": "tiny/reviews", "revision": "v3"},
+            {**named, "revision": "v1"},
+        )
+        assert newest == [films, first]  # what the hub had as its newest when it was asked
+        assert v1 == commit == [films, first]
+        assert v2 == files == [["newer"], second]
+        assert other[0] == kind
+        assert "revision 'v3' was not loaded here" in other[1]
+        assert first in other[1]
+        assert files_of_v1[0] == "EnvironmentRefusal"
+
+    for revision in (None, "v1"):
+        empty = {**down, "HF_HOME": f"{root}-empty"}
+        ((refusal, said),) = read(empty, {"path": "tiny/reviews", "revision": revision})
+        assert refusal == "EnvironmentRefusal"
+        assert "tiny/reviews" in said
+        assert "the hub cannot be reached" in said
+
+
+@pytest.mark.slow
+def test_what_the_hub_cannot_give_is_named(filled: Hub) -> None:
+    root, env = filled
+    (root / "revisions").write_text("main\n", encoding="utf-8")
+    for name, content in (("broken", '{"text": "a"}\n{"text": "b'), ("empty", "")):
+        folder = root / "datasets" / "tiny" / name
+        folder.mkdir()
+        (folder / ("train.jsonl" if content else "README.md")).write_text(content, "utf-8")
+    broken, stream, empty, unmatched, unknown, nested = read(
+        env,
+        {"path": "tiny/broken"},
+        {"path": "tiny/broken", "streaming": True},
+        {"path": "tiny/empty"},
+        {"path": "tiny/reviews", "data_files": "nothing*"},
+        {"path": "tiny/reviews", "revision": "v9"},
+        {"path": "one/two/three"},
+    )
+    for kind, _ in (broken, stream, empty, unmatched, unknown, nested):
+        assert kind == "DataError"
+    assert "cannot be read" in broken[1]
+    assert "cannot be read" in stream[1]
+    assert "holds no files of rows" in empty[1]
+    assert "no file of it matches 'nothing*'" in unmatched[1]
+    assert "no revision 'v9'" in unknown[1]
+    assert "one/two/three: no such file or folder" in nested[1]
 
 
 @pytest.mark.slow

@@ -46,6 +46,8 @@ ORDER = (
     "cache",
     "forecasting",
     "files",
+    "tables",
+    "fetching",
     "sources",
     "fitting",
     "cases",

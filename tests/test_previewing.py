@@ -300,3 +300,27 @@ def test_what_the_command_would_refuse_is_told(
     counts = json.loads(both.out)["counts"]
     assert counts["streamed"]
     assert [each["streamed"] for each in counts["sources"]] == [True, False]
+
+
+def test_blank_lines_are_no_loss_and_what_columns_are_taken_for_is_said(
+    folder: Path, tiny_model_dir: Path, cli: Callable[..., Any]
+) -> None:
+    (folder / "lines.txt").write_text("one line\n\n\nanother line\n\n", encoding="utf-8")
+    write(folder / "asked.jsonl", [{"instruction": "say a", "output": "a", "text": "say a: a"}])
+    for name in ("lines.txt", "asked.jsonl"):
+        (folder / f"{name}.yaml").write_text(
+            f"model: {{name: {json.dumps(str(tiny_model_dir))}}}\n"
+            f"data: {{train: {{path: {name}}}}}\n"
+        )
+    lines = cli("pretrain", "-r", folder / "lines.txt.yaml", "--preview", "1")
+    assert lines.code == 0, lines.err
+    assert "would be left out" not in lines.err
+    assert "3 of these rows are empty, such as blank lines, and left out." in lines.err
+    assert "lines.txt: read as plain text (column text)" in lines.err
+    asked = cli("tune", "-r", folder / "asked.jsonl.yaml", "--preview", "1", "--json")
+    assert json.loads(asked.out)["counts"]["empty"] == 0
+    asked = cli("tune", "-r", folder / "asked.jsonl.yaml", "--preview", "1")
+    assert "read as instructions (columns instruction, input, output)" in asked.err
+    none = cli("tune", "-r", folder / "asked.jsonl.yaml", "--preview", "0")
+    assert none.code == 2
+    assert not (folder / "runs").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import fcntl
+import gc
 import gzip
 import json
 import lzma
@@ -642,3 +644,156 @@ def test_a_csv_file_may_have_any_usual_separator(sign: str, tmp_path: Path) -> N
     rows = sources_.read(recipes.Source(path="a.csv"))
     assert rows.data.to_list() == [{"Frage": "Was ist grün?", "Antwort": "Das Gras"}]
     assert bool(rows.notes) == (sign != ",")
+
+
+# --- tables -------------------------------------------------------------------------------
+
+
+def text_file(name: str, text: str) -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(text.encode())
+    return name
+
+
+def test_a_cell_stands_for_its_text() -> None:
+    head = "zip,price,power,word,label,share,gap\n"
+    path = text_file("a.csv", f"{head}007,1.50,1e3,NA,1,0.5,1\n012,2.00,2e3,None,0,1.0,\n")
+    rows = sources_.read(recipes.Source(path=path, template="sentiment"))
+    first, second = rows.data.to_list()
+    assert first == {
+        "zip": "007", "price": "1.50", "power": "1e3", "word": "NA",
+        "label": 1, "share": 0.5, "gap": "1",
+    }  # fmt: skip
+    assert second["word"] == "None"
+    assert second["gap"] is None
+    # What a format makes of columns is text, so no column of it is a number.
+    path = text_file("b.csv", "prompt,completion\n1 + 1,2\n2 + 2,4\n")
+    rows = sources_.read(recipes.Source(path=path))
+    assert [row["completion"] for row in rows.data] == ["2", "4"]
+
+
+def test_quotes_of_a_tsv_that_enclose_no_cells_are_text() -> None:
+    path = text_file("a.tsv", 'text\tlabel\n"Hello he said\t1\nplain\t0\nand "more" here"\t1\n')
+    rows = sources_.read(recipes.Source(path=path))
+    texts = ['"Hello he said', "plain", 'and "more" here"']
+    assert [row["text"] for row in rows.data] == texts
+    assert rows.notes == ("a.tsv: its quotes are read as text, as they do not enclose cells",)
+    path = text_file("b.tsv", 'text\tlabel\n"a\tb"\t1\n"say ""hi"""\t0\n')
+    rows = sources_.read(recipes.Source(path=path))
+    assert [row["text"] for row in rows.data] == ["a\tb", 'say "hi"']
+    assert rows.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a,b\n1,2\n3,4,5\n", r"a\.csv:3: 3 cells, expected 2 .*\(a, b\)"),
+        ("a,b\n1,2\n3\n", r"a\.csv:3: 1 cell, expected 2"),
+        ("a,b\n1,2,\n", r"a\.csv:2: 3 cells"),
+        ('a,b\n1,2\n"3,4\n5,6\n', r"a\.csv:3: a quote opens in this row and none closes it"),
+        ('a,b\n"he said "hi" there",2\n', r"a\.csv:2: text after the quote"),
+        ("a,a\n1,2\n", r"a\.csv:1: two columns are called 'a'"),
+        ("a,b\n", r"a\.csv: 0 rows, only the names of columns"),
+    ],
+)
+def test_a_broken_row_of_a_table_is_named(text: str, said: str) -> None:
+    with pytest.raises(errors.DataError, match=said):
+        rows_of(text_file("a.csv", text))
+
+
+def test_files_of_a_table_are_one_table() -> None:
+    text_file("t/a.csv", "a,b\n1,x\n")
+    text_file("t/b.csv", "a,b\nw,y\n")
+    rows = sources_.read(recipes.Source(path="t", template="sentiment"))
+    assert rows.data.to_list() == [{"a": "1", "b": "x"}, {"a": "w", "b": "y"}]
+    text_file("t/c.csv", "a,c\nw,y\n")
+    with pytest.raises(errors.DataError, match=r"t/c\.csv: its columns \(a, c\) are not those of"):
+        rows_of("t")
+
+
+# pandas' reader is left open by `datasets`, and found by whichever test comes next.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stream_of_a_table_has_its_separator() -> None:
+    path = text_file("a.csv", "prompt;completion\nWas, bitte?;Nichts\n")
+    rows = sources_.read(recipes.Source(path=path, streaming=True))
+    assert list(rows.each()) == [{"prompt": "Was, bitte?", "completion": "Nichts"}]
+    gc.collect()
+
+
+# --- names and folders that mislead ---------------------------------------------------------
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file() -> None:
+    Path(written("rows.jsonl")).rename("rows[1].jsonl")
+    assert rows_of("rows[1].jsonl") == ROWS
+    assert rows_of("rows[1].jsonl", streaming=True) == ROWS
+
+
+def test_other_names_of_lines_and_a_mac_s_archive_are_read() -> None:
+    Path(written("rows.jsonl")).rename("rows.ndjson")
+    assert rows_of("rows.ndjson") == ROWS
+    with zipfile.ZipFile("rows.jsonl.zip", "w") as file:
+        file.write("rows.ndjson", "rows.jsonl")
+        file.writestr("__MACOSX/._rows.jsonl", b"\0")
+    assert rows_of("rows.jsonl.zip") == ROWS
+
+
+def test_what_a_path_leads_to_is_told() -> None:
+    Path("gone.jsonl").symlink_to("nowhere.jsonl")
+    Path("cut.parquet").write_bytes(b"PAR1 and no more")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    text_file("pointer.parquet", pointer)
+    text_file("rows.zip", "PK")
+    text_file("pretty.jsonl", json.dumps(ROWS[0], indent=1))
+    text_file("two/a.jsonl", '{"prompt": "a", "completion": "b"}\n')
+    text_file("two/b.jsonl", '{"question": "a"}\n')
+    text_file("odd.jsonl", '{"prompt": "a"}\n{"prompt": 5}\n')
+    datasets.Dataset.from_list(ROWS).save_to_disk("saved")
+    next(Path("saved").glob("*.arrow")).unlink()
+    for path, said in {
+        "gone.jsonl": "leads to nowhere.jsonl, which is not there",
+        "cut.parquet": r"cut\.parquet: is no whole \.parquet file",
+        "pointer.parquet": "git lfs pull",
+        "pretty.jsonl": "goes on in the next line",
+        "two": "do not have the same columns",
+        "odd.jsonl": r"odd\.jsonl:2: .*expected a text, as most rows have, found a number \(5\)",
+        "saved": "not a whole one",
+        "one/two/three": "no such file or folder",
+        "https://example.com/rows.jsonl": "Fetch it first",
+        "json": "the name of a kind of file",
+        "rows.zip": "does not say what is packed in it",
+    }.items():
+        with pytest.raises(errors.DataError, match=said):
+            rows_of(path)
+    renamed = {"prompt": "x", "completion": "x"}
+    with pytest.raises(errors.DataError, match="two columns would be called the same"):
+        rows_of(written("rows.jsonl"), rename=renamed)
+
+
+def test_rows_alike_are_counted_for_a_moment_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("slow.yaml").write_text(
+        "task: generation\nprompts: ['{{ prompt }}{{ missing }}']\nresponse: '{{ completion }}'\n"
+    )
+    rows = sources_.read(source(written("rows.jsonl"), template="./slow.yaml"))
+    how = cases.reading(rows)
+    with pytest.raises(errors.DataError, match=r" 6 such rows of 6\.$"):
+        cases.placed(rows, how, 0, rows.data[0], 0)
+    monkeypatch.setattr(cases, "SECONDS", -1.0)
+    with pytest.raises(errors.DataError, match=r" 1 such row of 1 looked at\.$"):
+        cases.placed(rows, how, 0, rows.data[0], 0)
+
+
+def test_a_stream_that_breaks_is_told_in_one_line() -> None:
+    text_file("broken.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
+    with pytest.raises(errors.DataError, match=r"broken\.jsonl: cannot be read: JSON parse error"):
+        sources_.read(source("broken.jsonl", streaming=True))
+    text_file("good.jsonl", '{"prompt": "a", "completion": "b"}\n' * 3)
+    rows = sources_.read(source("good.jsonl", streaming=True))
+    stop = dataclasses.replace(rows, data=_two_then_broken())
+    with pytest.raises(errors.DataError, match=r"good\.jsonl: cannot be read on after row 2: torn"):
+        list(stop.each())
+
+
+def _two_then_broken() -> Any:
+    yield from ({"prompt": "a"}, {"prompt": "b"})
+    raise ValueError("torn")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,7 @@ def placed(
     except errors.UserError as error:
         text = f"{rows.place(index)}: {error}"
         if not rows.source.streaming:
-            alike = sum(1 for _ in _broken(rows, how, wording))
-            text += f" {alike} such row{'s' * (alike > 1)} of {min(len(rows.data), MOST_COUNTED)}."
+            text += _alike(rows, how, wording)
         raise errors.DataError(text) from error
 
 
@@ -106,16 +106,24 @@ def turned(text: str) -> str | None:
     return found and f"U+{ord(found[0]):04X}"
 
 
-# chosen: a few seconds at most, when the command fails anyway.
+# chosen: little, as the command fails anyway; a template that never ends takes seconds for each.
 MOST_COUNTED = 50_000
+SECONDS = 2.0
 
 
-def _broken(rows: sources.Rows, how: formats.Reading, wording: int) -> Iterator[int]:
+def _alike(rows: sources.Rows, how: formats.Reading, wording: int) -> str:
+    """How many rows cannot be read either, of all or of those that there is time to look at."""
+    ends, broken, looked = time.monotonic() + SECONDS, 0, 0
     for index in range(min(len(rows.data), MOST_COUNTED)):
         try:
             checked(how.example(rows.data[index], wording))
         except errors.UserError:
-            yield index
+            broken += 1
+        looked = index + 1
+        if time.monotonic() > ends:
+            break
+    rest = " looked at" if looked < len(rows.data) else ""
+    return f" {broken:,} such row{'s' * (broken > 1)} of {looked:,}{rest}." if broken else ""
 
 
 def tasks(

@@ -45,7 +45,8 @@ ProcessesOption = Annotated[
     typer.Option("--processes", "-p", metavar="N", min=1, help="Processes, one a device."),
 ]
 PreviewOption = Annotated[
-    int, typer.Option("--preview", metavar="N", min=0, help="Show N examples as tokens, and stop.")
+    int | None,
+    typer.Option("--preview", metavar="N", min=1, help="Show N examples as tokens, and stop."),
 ]
 PlanOption = Annotated[
     bool, typer.Option("--plan", help="Check everything, say what the run will cost, and stop.")
@@ -79,7 +80,7 @@ def pretrain(
     sets: SetOption = None,
     output: OutputOption = None,
     processes: ProcessesOption = None,
-    preview: PreviewOption = 0,
+    preview: PreviewOption = None,
     plan: PlanOption = False,
     fresh: FreshOption = False,
     allow_change: AllowOption = None,
@@ -95,7 +96,7 @@ def pretrain(
         "pretrain",
         common,
         sys.argv[1:],
-        preview=preview,
+        preview=preview or 0,
         plan=plan,
         fresh=fresh,
         allowed=allow_change or (),
@@ -108,7 +109,7 @@ def tune(
     sets: SetOption = None,
     output: OutputOption = None,
     processes: ProcessesOption = None,
-    preview: PreviewOption = 0,
+    preview: PreviewOption = None,
     plan: PlanOption = False,
     fresh: FreshOption = False,
     allow_change: AllowOption = None,
@@ -124,7 +125,7 @@ def tune(
         "tune",
         common,
         sys.argv[1:],
-        preview=preview,
+        preview=preview or 0,
         plan=plan,
         fresh=fresh,
         allowed=allow_change or (),

@@ -348,7 +348,7 @@ def texts(given: Sequence[recipes.Source], command: str = "") -> Iterator[str]:
     for source in given:
         rows = sources.read(source)
         how = cases.reading(rows, command)
-        for index, row in enumerate(rows.data):
+        for index, row in enumerate(rows.each()):
             if how.is_text and isinstance(row.get("text"), str) and not row["text"].strip():
                 continue
             example = cases.placed(rows, how, index, row, 0)

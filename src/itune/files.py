@@ -26,6 +26,7 @@ BUILDERS = {
     ".arrow": "arrow",
     ".txt": "text",
 }
+SAME = {".ndjson": ".jsonl"}  # another name of a kind
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 # chosen: text shrinks 3 to 30 times; what grows more than this is made to fill a disk.
@@ -34,6 +35,7 @@ SMALL = 1 << 24
 # chosen: far below where Python's own reader gives up, far above any row of data.
 DEEPEST = 100
 
+POINTER = b"version https://git-lfs.github.com/spec/"
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number"}
@@ -43,7 +45,7 @@ def kind(path: str | Path) -> str | None:
     """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`; None where it is no file of rows."""
     path = Path(path)
     inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
-    suffix = inner.suffix.lower()
+    suffix = SAME.get(inner.suffix.lower(), inner.suffix.lower())
     return suffix if suffix in BUILDERS else None
 
 
@@ -62,7 +64,7 @@ def unpacked(path: Path) -> Path:
     name = cache.fingerprint([cache.digest(path), path.stem])
 
     def make(folder: Path) -> dict[str, Any]:
-        with _opened(path) as packed, (folder / path.stem).open("wb") as out:
+        with opened(path) as packed, (folder / path.stem).open("wb") as out:
             _copy(path, packed, out)
         return {}
 
@@ -77,8 +79,11 @@ def unpacked(path: Path) -> Path:
     return folder / path.stem
 
 
-def _opened(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
+    """What is in a file, unpacked on the way where it is packed."""
     suffix = path.suffix.lower()
+    if suffix not in PACKED:
+        return path.open("rb")
     if suffix == ".zst":
         import pyarrow
 
@@ -92,7 +97,11 @@ def _opened(path: Path) -> IO[bytes]:
 def _member(path: Path) -> IO[bytes]:
     """The one file in a zip."""
     archive = zipfile.ZipFile(path)
-    members = [each for each in archive.infolist() if not each.is_dir()]
+    members = [
+        each
+        for each in archive.infolist()
+        if not each.is_dir() and not each.filename.startswith("__MACOSX/")
+    ]
     for each in members:
         link = (each.external_attr >> 16) & 0o170000 == 0o120000
         if link or ".." in Path(each.filename).parts or Path(each.filename).is_absolute():
@@ -139,16 +148,22 @@ def check(paths: Sequence[Path], names: Sequence[str], suffix: str, field: str |
         def look(_folder: Path, path: Path = path, name: str = name) -> bool:
             return _look(path, name, suffix, field)
 
-        key = cache.fingerprint([cache.digest(path), suffix, field, "1"])
+        key = cache.fingerprint([cache.digest(path), suffix, field, "2"])
         listed |= bool(cache.entry("checked", key, look)[1])
     return listed
 
 
 def _look(path: Path, name: str, suffix: str, field: str | None) -> bool:
-    if suffix in (".parquet", ".arrow"):
-        return False
     if path.stat().st_size == 0:
         raise errors.DataError(f"{name}: 0 rows, the file is empty. Check how it was written.")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise errors.DataError(
+                f"{name}: stands for a file that Git LFS keeps elsewhere. Fetch it: git lfs pull."
+            )
+    if suffix in (".parquet", ".arrow"):
+        _check_schema(path, name, suffix)
+        return False
     if suffix == ".jsonl" and not _is_list(path):
         _check_lines(path, name)
         return False
@@ -159,6 +174,26 @@ def _look(path: Path, name: str, suffix: str, field: str | None) -> bool:
     if not rows:
         raise errors.DataError(f"{name}: 0 rows, only blank lines. Check how it was written.")
     return False
+
+
+def _check_schema(path: Path, name: str, suffix: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        if suffix == ".parquet":
+            pyarrow.parquet.read_schema(path)
+            return
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                pyarrow.ipc.open_stream(file)
+            except pyarrow.ArrowInvalid:
+                pyarrow.ipc.open_file(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise errors.DataError(
+            f"{name}: is no whole {suffix} file: {one_line(error)} Was the copy cut? Fetch it "
+            "again."
+        ) from error
 
 
 def _is_list(path: Path) -> bool:
@@ -233,6 +268,8 @@ def _malformed(error: json.JSONDecodeError, place: str, whole: str) -> str:
     near = errors.shown(line[max(0, error.pos - 30) : error.pos + 30].strip())
     at = f"{place}:{error.pos + 1}" if whole == "line" else f"{place}:{error.lineno}:{error.colno}"
     rest = line[error.pos :].strip()
+    if whole == "line" and line.strip() in ("{", "["):
+        return f"{at}: a value that goes on in the next line. Write each row in a line of its own."
     if error.msg.startswith("Unterminated") or not rest:
         return f"{at}: the {whole} ends inside a value, near {near}. Was the copy cut? Fetch it."
     what = error.msg[0].lower() + error.msg[1:]
@@ -322,8 +359,10 @@ class _Columns:
         for column, kinds in self.seen.items():
             if len(kinds) > 1:
                 usual = max(kinds, key=lambda each: kinds[each][0])
-                odd = min(kinds, key=lambda each: kinds[each][0])
-                count, place, value = kinds[odd] if odd != usual else list(kinds.values())[1]
+                odd = min(
+                    (each for each in kinds if each != usual), key=lambda each: kinds[each][0]
+                )
+                count, place, value = kinds[odd]
                 raise errors.DataError(
                     f"{place}: column {column!r}: expected {usual}, as most rows have, found {odd} "
                     f"({errors.shown(value)}); {count} such row{'s' * (count > 1)} of {self.rows}. "
@@ -357,13 +396,3 @@ def one_line(error: BaseException) -> str:
     """An error's text as one sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if text.endswith(".") else f"{text}."
-
-
-def separator(path: Path) -> str:
-    """What separates the columns of a CSV file, by its first line: a comma, unless there is none.
-
-    Spreadsheets of countries that write 1,5 for one and a half save semicolons under that name.
-    """
-    with path.open(encoding="utf-8", errors="replace") as file:
-        header = file.readline()
-    return next((each for each in ",;\t" if each in header), ",")

@@ -18,6 +18,10 @@ ROLES = {
     "tool": "tool",
 }
 
+# The keys of a turn: of `messages`, and of ShareGPT's `conversations`.
+CONTENT = ("role", "content")
+SHAREGPT = ("from", "value")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -62,10 +66,9 @@ def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
     `answered`: at least one turn must be the assistant's. The references are the last message
     where it is the assistant's. Raises DataError.
     """
-    turns = row.get("messages")
-    names = ("role", "content")
+    turns, names = row.get("messages"), CONTENT
     if turns is None:
-        turns, names = row.get("conversations"), ("from", "value")
+        turns, names = row.get("conversations"), SHAREGPT
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise errors.DataError(
             f"expected a list in column 'messages' or 'conversations', found {_shown(turns)} "
@@ -84,6 +87,9 @@ def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
 
 
 def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
+    other = SHAREGPT if names == CONTENT else CONTENT
+    if isinstance(turn, Mapping) and not set(names) & set(turn) and set(other) <= set(turn):
+        names = other  # either column is met with either pair of keys
     role_name, content_name = names
     if not isinstance(turn, Mapping) or role_name not in turn or content_name not in turn:
         raise errors.DataError(
@@ -97,7 +103,12 @@ def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
     if isinstance(content, Sequence) and not isinstance(content, str):
         content = "".join(_part(each, number, k) for k, each in enumerate(content, 1))
     if not isinstance(content, str):
-        raise errors.DataError(f"turn {number}: expected a text, found {_shown(content)}.")
+        call = content is None and bool(turn.get("tool_calls"))
+        what = "a call of a tool without any" if call else _shown(content)
+        raise errors.DataError(
+            f"turn {number}: expected a text in '{content_name}', found {what}. "
+            f"{'Write the call there as text' if call else 'Write one'}, or take the row out."
+        )
     return Message(ROLES[role], content)
 
 

@@ -223,7 +223,7 @@ class Job:
         """Which rows are encoded together: by their numbers, those of a stream themselves."""
         size = TEXTS if self.reading.is_text else BATCH
         if self.rows.source.streaming:
-            waiting = iter(enumerate(self.rows.data))
+            waiting = enumerate(self.rows.each())
             while batch := list(itertools.islice(waiting, size)):
                 yield batch
             return

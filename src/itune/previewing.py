@@ -38,14 +38,16 @@ class Tally:
     supervised: int = 0
     truncated: int = 0
     dropped: int = 0
+    empty: int = 0
     guarded: int = 0
     allowed: int = 0
     lengths: list[int] = field(default_factory=list)
 
-    def add(self, made: Sequence[data.Encoded]) -> None:
-        """Count one row by its examples; without any it is dropped."""
+    def add(self, made: Sequence[data.Encoded], *, empty: bool = False) -> None:
+        """Count one row by its examples; without any it is dropped, if it was not empty."""
         self.rows += bool(made)
-        self.dropped += not made
+        self.empty += empty
+        self.dropped += not made and not empty
         for each in made:
             self.lengths.append(len(each.tokens.ids))
             self.supervised += sum(each.tokens.supervised[1:])  # nothing predicts the first token
@@ -92,8 +94,10 @@ def tally(sources: Sequence[firsts.Rows]) -> Table:
         table.looked += len(sample)
         every = Tally(name, None, source.source.streaming)
         for row in sample:
-            every.add(source.known[row])
-            table.whole.add(source.known[row])
+            made = source.known[row]
+            empty = not made and source.is_empty(row)
+            every.add(made, empty=empty)
+            table.whole.add(made, empty=empty)
         table.parts.append(every)
         if source.n_wordings > 1:
             table.parts += _by_wording(source, name, sample)
@@ -155,13 +159,16 @@ def show(
         for k, source in enumerate(canaries.planted(recipe, encoder.family, command=command))
     ]
     shown = firsts.first(sources, number)
+    for source in sources:
+        for line in source.told:
+            screen.say(line)
     screen.legend()
     for k, (source, example) in enumerate(shown, 1):
         title = _title(k, len(shown), source, example)
         screen.example(title, stretches(encoder, example.tokens, single=verbose))
     table = tally(sources)
     _show_table(table, screen)
-    for line in _controls(table.whole):
+    for line in _besides(table.whole):
         screen.say(line)
     for line in _refused(table, recipe.data.max_dropped):
         screen.say(line)
@@ -261,6 +268,7 @@ def _counted(part: Tally, edges: np.ndarray) -> dict[str, Any]:
         "supervised": part.supervised,
         "truncated": part.truncated,
         "dropped": part.dropped,
+        "empty": part.empty,
         "guarded": part.guarded,
         "allowed": part.allowed,
         "lengths": {"min": least, "median": median, "p90": p90, "p99": p99, "max": greatest},
@@ -271,8 +279,11 @@ def _counted(part: Tally, edges: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _controls(whole: Tally) -> Iterator[str]:
-    """What became of the control strings in texts."""
+def _besides(whole: Tally) -> Iterator[str]:
+    """What became of empty rows and of the control strings in texts."""
+    if whole.empty:
+        rows = "1 of these rows is" if whole.empty == 1 else f"{whole.empty:,} of these rows are"
+        yield f"{rows} empty, such as blank lines, and left out."
     if whole.guarded:
         yield (
             f"{whole.guarded:,} of these examples hold control strings of the model, which stay "
@@ -285,7 +296,7 @@ def _controls(whole: Tally) -> Iterator[str]:
 def _refused(table: Table, most: float) -> Iterator[str]:
     """What the command would refuse to begin with, going by the rows looked at."""
     for part in table.parts:
-        looked = part.rows + part.dropped
+        looked = part.rows + part.dropped + part.empty
         if part.wording is None and part.dropped > most * looked:
             yield (
                 f"warning: {part.source}: {part.dropped:,} of the {looked:,} rows looked at would "

@@ -39,6 +39,19 @@ class Opened:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def told(self) -> list[str]:
+        """What the user should know of how it is read, a line each."""
+        lines = [*self._opened.notes]
+        if self._reading.told:
+            lines.append(f"{self.source.path}: read as {self._reading.told}")
+        return lines
+
+    def is_empty(self, index: int) -> bool:
+        """Whether a row is a text without any, such as a blank line, which nobody misses."""
+        text = self.rows[index].get("text") if self.plain else None
+        return isinstance(text, str) and not text.strip()
+
     def number_of(self, index: int) -> int:
         """The number, from 0, that a row has in the whole source."""
         return self._opened.number(index)
@@ -92,4 +105,4 @@ def _looked_at(opened: opening.Rows) -> datasets.Dataset:
         return rows
     import datasets
 
-    return datasets.Dataset.from_list(list(itertools.islice(iter(opened.data), STREAM_ROWS)))
+    return datasets.Dataset.from_list(list(itertools.islice(opened.each(), STREAM_ROWS)))

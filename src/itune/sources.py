@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import cache, errors, files, recipes
+from itune import cache, errors, fetching, files, recipes, tables
 from itune.files import one_line
 
 if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
-COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,27 @@ class Rows:
         """The number, from 0, that a row of `data` has in the whole source."""
         return index if self.taken is None else int(self.taken[index])
 
+    def each(self) -> Iterator[Mapping[str, Any]]:
+        """Every row in order. Raises DataError where a stream cannot be read on."""
+        number = 0
+        try:
+            for row in self.data:
+                number += 1
+                yield row
+        except (ValueError, OSError) as error:  # pyarrow's and pandas' own are ValueErrors
+            if not self.source.streaming:
+                raise
+            after = f" on after row {number}" if number else ""
+            raise errors.DataError(
+                f"{self.source.path}: cannot be read{after}: {one_line(error)} "
+                "Mend it; without streaming the file and line are told."
+            ) from error
+
     @property
     def columns(self) -> list[str]:
         """The names of the columns."""
         names: Any = self.data.column_names
-        return list(next(iter(self.data), {}) if names is None else names)
+        return list(next(self.each(), {}) if names is None else names)
 
     def place(self, index: int) -> str:
         """Where a row stands, for messages: its file and line where they are known."""
@@ -81,6 +96,8 @@ def read(source: recipes.Source) -> Rows:
         saved = [path / name for name in ("state.json", "dataset_dict.json")]
         whole = any(each.is_file() for each in saved)
         rows = _saved(source, path, split) if whole else _folder(source, path, split)
+    elif path.is_file():  # also one whose name looks like a pattern
+        rows = _files(source, [str(path)], split)
     elif glob.has_magic(source.path):
         # The pattern as the user typed it, relative or absolute: Path.glob takes relative alone.
         every = glob.glob(str(path), recursive=True)  # noqa: PTH207
@@ -90,13 +107,6 @@ def read(source: recipes.Source) -> Rows:
                 f"{source.path}: no file matches, in {Path.cwd()}. Check the pattern."
             )
         rows = _files(source, found, split)
-    elif path.is_file():
-        rows = _files(source, [str(path)], split)
-    elif files.kind(path) is not None:
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise errors.DataError(
-            f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)}"
-        )
     else:
         rows = _hub(source, split)
     return _shaped(rows)
@@ -118,7 +128,13 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
     """A folder that `save_to_disk` wrote, of one split or of several."""
     import datasets
 
-    made = datasets.load_from_disk(str(path))
+    try:
+        made = datasets.load_from_disk(str(path))
+    except (ValueError, OSError, KeyError) as error:
+        raise errors.DataError(
+            f"{source.path}: a folder that save_to_disk wrote, but not a whole one: "
+            f"{one_line(error)} Was the copy cut? Fetch it again."
+        ) from error
     name = _name(split, source.path)
     splits = dict(made) if isinstance(made, datasets.DatasetDict) else {name: made}
     if name not in splits:
@@ -190,7 +206,9 @@ def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:
         wanted = wanted[name]
     out: list[str] = []
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        found = sorted(str(each) for each in path.glob(pattern) if each.is_file())
+        # The pattern as the user typed it, relative or absolute: Path.glob takes relative alone.
+        every = glob.glob(str(path / pattern), recursive=True)  # noqa: PTH207
+        found = sorted(each for each in every if Path(each).is_file())
         if not found:
             raise errors.DataError(f"{source.path}: data_files: no file matches {pattern!r}.")
         out += found
@@ -203,49 +221,64 @@ def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:
 def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
     suffix = _one_kind(source, names)
     _refuse_keys(source, suffix)
-    name = _name(split, source.path)
-    options: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    options: dict[str, Any] = {}
     if source.field is not None:
         options["field"] = source.field
     if suffix == ".txt" and source.sample_by is not None:
         options["sample_by"] = source.sample_by
-    builder = files.BUILDERS[suffix]
-    notes: tuple[str, ...] = ()
-    content: list[Any]
-    paths: list[Path]
-    where: dict[str, Any]
     if source.streaming:
-        where = {"data_files": {name: names}, "streaming": True}
-        states = [Path(each).stat() for each in names]
-        content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
-        paths = []
-    else:
-        paths = [files.unpacked(Path(each)) for each in names]
-        if files.check(paths, names, suffix, source.field):
-            notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
-        content = [cache.digest(each) for each in paths]
-        # Kept by what is in the files: `datasets` itself goes by their time of change alone.
-        kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
-        cache.use(kept)
-        where = {"data_files": {name: [str(each) for each in paths]}, "cache_dir": str(kept)}
-    if suffix == ".csv" and paths and (found := files.separator(paths[0])) != ",":
-        options["sep"] = found
-        notes = (*notes, f"{source.path}: its columns are separated by {found!r}")
-    rows = _built(source, builder, split, {**where, **options})
-    for path, name, digest in zip(paths, names, content, strict=False):
+        return _stream(source, names, suffix, options, split)
+    builder = files.BUILDERS[suffix]
+    paths = [files.unpacked(Path(each)) for each in names]
+    notes: tuple[str, ...] = ()
+    if files.check(paths, names, suffix, source.field):
+        notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
+    digests = [cache.digest(each) for each in paths]
+    content: list[Any] = [*digests]
+    features = None
+    if builder == "csv":
+        table = tables.look(paths, names, suffix)
+        if source.template is None:  # a format's columns are texts, whatever they look like
+            table.columns = dict.fromkeys(table.columns, "string")
+        content.append(sorted(table.columns.items()))
+        features = tables.features(table)
+        options |= tables.options(table)
+        notes = tuple(f"{source.path}: {each}" for each in tables.told(table, suffix))
+    # Kept by what is in the files: `datasets` itself goes by their time of change alone.
+    kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
+    cache.use(kept)
+    rows = _built(source, builder, split, paths, cache_dir=str(kept), features=features, **options)
+    for path, name, digest in zip(paths, names, digests, strict=True):
         if cache.digest(path) != digest:
             raise errors.DataError(
                 f"{name}: changed while it was read (sha256 {digest[:12]} before, "
                 f"{cache.digest(path)[:12]} now). Let whoever writes it finish, then run again."
             )
     plain = suffix == ".jsonl" and not notes and "[" not in split
-    return Rows(
-        source,
-        rows,
-        ["files", builder, content, options, split if "[" in split else None, source.streaming],
-        notes=notes,
-        lines=tuple(zip(names, paths, strict=True)) if plain and paths else (),
-    )
+    identity = ["files", builder, content, options, split if "[" in split else None, False]
+    lines = tuple(zip(names, paths, strict=True)) if plain else ()
+    return Rows(source, rows, identity, notes=notes, lines=lines)
+
+
+def _stream(
+    source: recipes.Source, names: list[str], suffix: str, options: dict[str, Any], split: str
+) -> Rows:
+    import datasets
+
+    packed = next((each for each in names if each.lower().endswith(".zst")), None)
+    if packed and not datasets.config.ZSTANDARD_AVAILABLE:
+        raise errors.DataError(
+            f"{packed}: a stream of .zst needs one more package: pip install zstandard. Or leave "
+            "streaming out, or pack it as .gz."
+        )
+    builder = files.BUILDERS[suffix]
+    states = [Path(each).stat() for each in names]
+    content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
+    if builder == "csv":
+        with files.opened(Path(names[0])) as file:
+            options["sep"] = tables.separator(file, suffix)
+    rows = _built(source, builder, split, [Path(each) for each in names], streaming=True, **options)
+    return Rows(source, rows, ["files", builder, content, options, None, True])
 
 
 def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
@@ -261,6 +294,11 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
         raise errors.DataError(
             f"{names[0]}: a tar archive, which is not read. Unpack it and name the folder."
         )
+    if suffix in files.PACKED:
+        raise errors.DataError(
+            f"{names[0]}: its name does not say what is packed in it. Call it as in rows.jsonl"
+            f"{suffix}."
+        )
     if suffix not in files.BUILDERS:
         raise errors.DataError(
             f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"
@@ -275,13 +313,23 @@ def _refuse_keys(source: recipes.Source, suffix: str) -> None:
         raise errors.DataError(f"{source.path}: sample_by is for .txt, not {suffix}. Delete it.")
 
 
-def _built(source: recipes.Source, builder: str, split: str, options: dict[str, Any]) -> Any:
+def _built(
+    source: recipes.Source, builder: str, split: str, paths: Sequence[Path], **options: Any
+) -> Any:
     import datasets
 
+    # A name with brackets in it is that name, not a pattern.
+    found = {_name(split, source.path): [glob.escape(str(each)) for each in paths]}
     try:
-        return datasets.load_dataset(builder, split=split, **options)
+        return datasets.load_dataset(builder, data_files=found, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
         cause = error.__cause__ or error
+        if "column names don't match" in str(cause):
+            raise errors.DataError(
+                f"{source.path}: its files do not have the same columns: "
+                f"{one_line(cause).partition(' because ')[0]}. Make a source of each kind, with "
+                "rename where it is needed."
+            ) from error
         raise errors.DataError(
             f"{source.path}: cannot be read as {builder}: {one_line(cause)} "
             "Check the file and data.*.split."
@@ -292,67 +340,10 @@ def _built(source: recipes.Source, builder: str, split: str, options: dict[str, 
 
 
 def _hub(source: recipes.Source, split: str) -> Rows:
-    import datasets
-
-    options: dict[str, Any] = {"streaming": True} if source.streaming else {}
-    try:
-        rows = datasets.load_dataset(
-            source.path,
-            source.name,
-            data_files=source.data_files,
-            revision=source.revision,
-            split=split,
-            **options,
-        )
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise errors.DataError(
-            f"{source.path}: neither a file or folder here ({Path.cwd()}) nor a data set that the "
-            "hub shows you. Check the name; for a gated one, set HF_TOKEN."
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        raise errors.EnvironmentRefusal(
-            f"{source.path}: no such file here and the hub cannot be reached ({one_line(error)}). "
-            "Name a local file with --set data.train.path=FILE, or go online."
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        text = one_line(error)
-        if "script" in text.lower():
-            text += " Scripts are not run: ask for a version of it in Parquet."
-        raise errors.DataError(f"{source.path}: {text}") from error
-    commit = _commit(rows, source)
-    _check_revision(source, commit)
+    found = fetching.fetched(source, split)
     asked = [source.path, source.name, source.model_dump(mode="json")["data_files"], split]
-    identity = ["hub", *asked, commit or rows._fingerprint, source.streaming]
-    return Rows(source, rows, identity, commit)
-
-
-def _commit(rows: Any, source: recipes.Source) -> str | None:
-    """The commit that the rows are of: `datasets` keeps them in a folder named by it."""
-    if not source.streaming:
-        for file in rows.cache_files:
-            if found := COMMIT.findall(file["filename"]):
-                return str(found[-1])
-        return None
-    import huggingface_hub
-
-    return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision).sha
-
-
-def _check_revision(source: recipes.Source, commit: str | None) -> None:
-    """Offline `datasets` takes any revision that it has kept. Raises DataError for another one."""
-    import datasets
-
-    if source.revision in (None, commit) or commit is None:
-        return
-    known = cache.root() / "commits" / cache.fingerprint([source.path, source.revision])
-    if not datasets.config.HF_HUB_OFFLINE:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(commit, encoding="utf-8")
-    elif not known.is_file() or known.read_text(encoding="utf-8") != commit:
-        raise errors.DataError(
-            f"{source.path}: revision {source.revision!r} was not loaded here; what is kept is "
-            f"commit {commit}. Go online once, or set revision to that commit."
-        )
+    identity = ["hub", *asked, found.commit, source.streaming]
+    return Rows(source, found.data, identity, found.commit, found.notes)
 
 
 # --- columns and limits -------------------------------------------------------------------
@@ -365,6 +356,10 @@ def _shaped(rows: Rows) -> Rows:
     if missing:
         raise errors.DataError(
             f"{source.path}: rename: no column {missing[0]!r}.{errors.nearest(missing[0], columns)}"
+        )
+    if len(set(source.rename.values())) < len(source.rename):
+        raise errors.DataError(
+            f"{source.path}: rename: two columns would be called the same. Choose other names."
         )
     taken = sorted(set(source.rename.values()) & (set(columns) - set(source.rename)))
     if taken:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -23,6 +24,7 @@ from itune.records import Text
 
 Task = Literal["classification", "qa", "translation", "summarization", "generation", "chat"]
 
+SINGLE = re.compile(r"\{\s*([A-Za-z_]\w*)\s*\}")  # as other programs write a column
 LARGEST_TEXT = 1_000_000  # characters that one prompt or answer may have beside its row's texts
 LOADERS = {
     jinja2.nodes.Extends: "extends",
@@ -319,6 +321,12 @@ def _check_jinja(document: yamls.Document) -> None:
 def _check_source(document: yamls.Document, key: yamls.Key, source: Any) -> None:
     """Note what can be seen of a Jinja text without a row: syntax, files, private attributes."""
     if not isinstance(source, str):
+        return
+    if "{{" not in source and "{%" not in source and (found := SINGLE.search(source)):
+        said = (
+            f"'{found[0]}' is no Jinja and would stay as it is. A column is {{{{ {found[1]} }}}}."
+        )
+        document.fault(key, said)
         return
     try:
         tree = _environment().parse(source)

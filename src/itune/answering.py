@@ -231,17 +231,18 @@ class Answerer:
         self.tokens, self.seconds = self._rate()
         return {
             task.name: [
-                scoring.Prediction(
-                    case.row,
-                    case.wording,
-                    kept.answer(task, case) or "",
-                    case.references,
-                    predictions.shown(case),
-                )
-                for case in task.cases
+                dataclasses.replace(blank, prediction=kept.answer(task, case) or "")
+                for case, blank in zip(task.cases, self.blank(task), strict=True)
             ]
             for task in self.tasks
         }
+
+    def blank(self, task: data.Task) -> list[scoring.Prediction]:
+        """What is asked in a task, with no answer yet."""
+        return [
+            scoring.Prediction(case.row, case.wording, "", case.references, predictions.shown(case))
+            for case in task.cases
+        ]
 
     def _answered(self, task: data.Task, kept: predictions.Kept) -> None:
         """Ask what is missing of a task; of several processes each asks its share."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from itune import errors, storage, templates
+from itune import errors, files, storage, templates
 
 if TYPE_CHECKING:
     from itune import formats
@@ -151,7 +151,7 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
         names = ["prompt"] if template is None else sorted(template.columns())
         yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
     if asked.input is not None:
-        for number, row in _json_lines(asked.input):
+        for number, row in files.objects(asked.input):
             yield _asked(row, f"{asked.input}:{number}", template, asked.system)
 
 
@@ -218,27 +218,3 @@ def _fields(given: Sequence[str]) -> dict[str, str]:
             raise errors.OptionError(f"--field {item}: expected key=value.")
         row[key] = value
     return row
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise errors.DataError(
-                    f"{path}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
-                    f"{error.start}. Convert the file with iconv."
-                ) from error
-            except ValueError as error:
-                raise errors.DataError(f"{path}:{number}: not JSON: {error}. Mend it.") from error
-            if not isinstance(row, dict):
-                raise errors.DataError(
-                    f"{path}:{number}: expected an object {{...}}, found a "
-                    f"{type(row).__name__}. Mend the line."
-                )
-            yield number, row

@@ -64,8 +64,8 @@ def _other_file(against: str) -> results.Rival:
     if against == "base" or Path(against).is_dir():
         what = "is known of no file" if against == "base" else "is a folder"
         raise errors.OptionError(
-            f"--against: {errors.inert(against)} {what}, and beside --predictions there is no model "
-            "to ask. Name a file of its answers, such as runs/NAME/evals/all/predictions.jsonl."
+            f"--against: {errors.inert(against)} {what}; beside --predictions no model is "
+            "asked. Name a file of answers, such as runs/NAME/evals/all/predictions.jsonl."
         )
     return results.Rival(against, predictions.read(Path(against)), {})
 

@@ -5,6 +5,8 @@ Needs torch.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +44,19 @@ class Speaker:
         """The answer to one prompt. `told(place, token)` hears of each token as it comes."""
         order = decoding.Order(self.seed, [key], told=told)
         return decoding.generate(self.model, self.encoder, [ids], self.wanted, order=order)[0]
+
+    def warm(self) -> None:
+        """Answer a question with one token, unheard: what a first answer imports is there then.
+
+        A signal in the middle of an import would leave a library behind that is half there.
+        """
+        from itune import formats
+
+        few = copy.deepcopy(self.wanted)
+        few.max_new_tokens, few.min_new_tokens, few.min_length = 1, None, 0
+        with contextlib.suppress(errors.UserError):  # a real question says it with its place
+            ids = self.encoder.prompt([formats.Message("user", "?")])
+            decoding.generate(self.model, self.encoder, [ids], few)
 
     def explained(
         self, ids: Sequence[int], completion: decoding.Completion, *, drivers: bool

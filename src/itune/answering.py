@@ -181,16 +181,16 @@ class Answerer:
     @property
     def mark(self) -> dict[str, Any]:
         """All that decides the answers but the prompts: the same mark, the same answers."""
-        generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
-        generation.pop("transformers_version", None)
-        mark: dict[str, Any] = {
-            "model": fingerprints.digest(fingerprints.of(self.location, self.named.revision)),
-            "dtype": str(self.place.dtype).removeprefix("torch."),
-            "generation": generation,
+        mark = {
+            **fingerprints.of_asking(
+                self.location,
+                self.named.revision,
+                str(self.place.dtype).removeprefix("torch."),
+                self.wanted,
+                self.recipe.training.seed,
+            ),
             "decide": self.asked.decide,
         }
-        if self.wanted.do_sample:
-            mark["seed"] = self.recipe.training.seed
         if self.asked.engine is not None:
             mark["engine"] = dataclasses.asdict(self.asked.engine)
         return mark

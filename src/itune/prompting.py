@@ -102,11 +102,11 @@ def conversations(asked: Asked) -> list[Conversation]:
     return found
 
 
-def answered(path: Path, prompts: Sequence[str]) -> int:
+def answered(path: Path, prompts: Sequence[str], marks: Sequence[str]) -> int:
     """How many of the prompts a file answers already; a line that a kill tore is taken out.
 
-    Raises OptionError for a file that holds anything else than answers to these prompts: nothing
-    of it is touched.
+    marks: of each prompt, what decides its answer (`speaking.marks`). Raises OptionError for a
+    file that holds anything else than such answers to these prompts: nothing of it is touched.
     """
     if not path.is_file():
         return 0
@@ -117,10 +117,15 @@ def answered(path: Path, prompts: Sequence[str]) -> int:
         except ValueError:
             found = None
         known = isinstance(found, dict) and "response" in found and number <= len(prompts)
-        if not known or found["prompt"] != prompts[number - 1]:
+        if not known or found.get("prompt") != prompts[number - 1]:
             raise errors.OptionError(
                 f"--output {path}: line {number} is no answer to prompt {number}. "
                 "Name another file, or take that one away."
+            )
+        if found.get("asked", marks[number - 1]) != marks[number - 1]:
+            raise errors.OptionError(
+                f"--output {path}: line {number} is an answer of another model, other settings or "
+                "another talk. Name another file, or take that one away."
             )
     if torn and not torn.startswith(b'{"prompt": '[: len(torn)]):
         raise errors.OptionError(

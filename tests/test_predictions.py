@@ -77,3 +77,10 @@ def test_a_row_that_changed_in_several_wordings_is_listed_once(
     changed = found["tasks"]["predictions"]["against"]["changed"]
     assert changed["count"] == {"better": 4, "worse": 0, "same": 2}, "all answers are counted"
     assert [row["row"] for row in changed["better"]] == [7, 8]
+
+
+def test_it_is_said_of_which_scores_less_is_better(tmp_path: Path, cli: Callable[..., Any]) -> None:
+    (tmp_path / "p.jsonl").write_text(GOOD)
+    asked = ("eval", "--predictions", "p.jsonl", "--metric", "chrf")
+    assert "less is better: ter\n" in cli(*asked, "--metric", "ter").out
+    assert "less is better" not in cli(*asked).out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +203,28 @@ def test_a_line_that_is_no_text_is_told_and_the_talk_goes_on(talk: Cli) -> None:
     refused = talk("hello\n", "--system", "be \udcff")
     assert refused.code == 2
     assert "--system: not UTF-8, byte 0xff at 3" in refused.err
+
+
+def test_nothing_is_imported_in_an_answer_where_ctrl_c_would_leave_it_half_there(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    script = (
+        "import sys\n"
+        "from itune import chatting, cli\n"
+        "lines, seen = iter(['hello', None]), []\n"
+        "chatting._line = lambda: (seen.append(set(sys.modules)), next(lines))[1]\n"
+        "try:\n"
+        "    cli.main()\n"
+        "finally:\n"
+        "    print(sorted(seen[1] - seen[0]), file=sys.stderr)\n"
+    )
+    asked = ("generate", "--chat", "--model", str(tiny_model_dir))
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *asked, "-s", "generation.max_new_tokens=3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert ended.stderr.splitlines()[-1] == "[]", ended.stderr

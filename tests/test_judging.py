@@ -377,6 +377,16 @@ def test_a_file_that_was_asked_something_else_is_refused(folder: Path, cli: Cli)
     assert "Say it in French" in refused.err
 
 
+def test_other_rows_are_refused_before_anything_is_answered(
+    folder: Path, cli: Cli, asked: list[str]
+) -> None:
+    write(folder / "less.jsonl", [{"prediction": "x", "reference": "x"}])
+    refused = cli("eval", "--run", "runs/lora", *PLACES, "--against", "less.jsonl")
+    assert refused.code == 2
+    assert "comparison: " in refused.err
+    assert asked == []
+
+
 def test_files_of_several_tasks_are_scored_task_by_task(folder: Path, cli: Cli) -> None:
     rows = [
         {"task": task, "row": row, "prediction": "yes", "reference": gold}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 Cli = Callable[..., Any]
 
@@ -57,6 +59,38 @@ def test_answers_to_other_prompts_are_not_taken_for_these(
     assert ended.code == 2
     assert "line 1 is no answer to prompt 1" in ended.err
     assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("-s", "generation.max_new_tokens=4"),
+        ("-s", "generation.temperature=0.7"),
+        ("--system", "Be brief."),
+        ("--model", "another"),
+    ],
+)
+def test_answers_of_another_model_or_settings_are_not_taken_for_these(
+    other: tuple[str, str], line: list[str], tmp_path: Path, cli: Cli, tiny_model_dir: Path
+) -> None:
+    assert cli(*line, "out.jsonl").code == 0
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    if "--model" in other:
+        shutil.copytree(tiny_model_dir, tmp_path / "another")
+        weights = load_file(tmp_path / "another" / "model.safetensors")
+        save_file(
+            {name: tensor + 1 for name, tensor in weights.items()},
+            tmp_path / "another" / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+    ended = cli(*line, "out.jsonl", *other)
+    assert ended.code == 2
+    assert "line 1 is an answer of another model, other settings" in ended.err
+    assert (tmp_path / "out.jsonl").read_bytes() == whole
+    begun = json.loads(whole.splitlines()[0])
+    del begun["asked"]  # as others write it: taken at its word
+    (tmp_path / "out.jsonl").write_text(json.dumps(begun) + "\n")
+    assert "1 of 3 are answered already" in cli(*line, "out.jsonl").err
 
 
 @pytest.mark.parametrize(

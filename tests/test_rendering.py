@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +181,7 @@ def test_rendering_is_that_of_transformers(shape: str) -> None:
 def test_a_saved_tokenizer_renders_the_same_elsewhere(shape: str, tmp_path: Path) -> None:
     one = encoder("byte-bpe", shape)
     one.tokenizer.save_pretrained(tmp_path)
-    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = transformers.transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again.chat_template is not None
     messages = TALKS["one"]
     given_ = as_given(one, messages[:1])
@@ -515,3 +518,71 @@ def test_a_token_that_cannot_be_allowed_is_told(name: str, said: str) -> None:
     with pytest.raises(errors.DataError) as caught:
         encoding.Encoder(tokenizer).allowing(["<think>", name])
     assert said in str(caught.value)
+
+
+@pytest.fixture
+def legacy_model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A Llama whose tokenizer is of the older kind: a space before text after control tokens."""
+    folder = tmp_path / "legacy"
+    shutil.copytree(tiny_model_dir, folder)
+    for each in folder.glob("*token*"):
+        each.unlink()
+    letters = sorted(set("".join(sentences(200))) | set("User:Assistant?\n"))
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581": 3}
+    vocab |= {each: 4 + k for k, each in enumerate(letters) if each != " "}
+    transformers.LlamaTokenizer(vocab=vocab, merges=[]).save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": True}))
+    return folder
+
+
+def test_a_run_of_a_legacy_tokenizer_is_asked_by_the_ids_that_it_learnt(
+    legacy_model: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    rows = [{"prompt": f"{text}", "completion": "yes"} for text in sentences(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name: {legacy_model}}}\n"
+        "data: {train: {path: rows.jsonl}}\n"
+        "training: {max_steps: 1, tokens_per_step: 200, max_length: 96}\n"
+    )
+    shown = json.loads(cli("tune", "-r", "r.yaml", "--preview", "1", "--json").out)["examples"][0]
+    learnt = [id_ for id_, mine in zip(shown["ids"], shown["supervised"], strict=True) if not mine]
+    ended = cli("tune", "-r", "r.yaml", "-o", "run")
+    assert ended.code == 0, ended.err
+    assert not list((tmp_path / "run").glob(".trial*"))
+    served = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    ids = {
+        tuple(
+            served.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        )
+        for row in rows
+    }
+    assert learnt[:2] == [1, 3], "the older kind: a space after the start token"
+    assert tuple(learnt) in ids
+
+
+def test_a_tokenizer_that_is_saved_as_another_is_refused_before_the_first_step(
+    legacy_model: Path, tmp_path: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{name: {legacy_model}}}\n"
+        "data: {train: {path: rows.jsonl}}\n"
+        "training: {max_steps: 1, tokens_per_step: 50, max_length: 96}\n"
+    )
+    save = transformers.LlamaTokenizer.save_pretrained
+
+    def forgetting(self: Any, *arguments: Any, **options: Any) -> Any:
+        self.init_kwargs.pop("legacy", None)
+        return save(self, *arguments, **options)
+
+    monkeypatch.setattr(transformers.LlamaTokenizer, "save_pretrained", forgetting)
+    ended = cli("tune", "-r", "r.yaml", "-o", "run")
+    assert ended.code == 2
+    assert "saved and read again, is another one" in ended.err
+    assert not list((tmp_path / "run").glob(".trial*"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -390,6 +391,8 @@ def _recorded() -> Iterator[None]:
 
 def _foldable(model: Any) -> list[Any]:
     """The adapted layers of a model whose adapter can be folded in and out; else none."""
+    if "peft" not in sys.modules:  # seconds to import, and it made no part of this model
+        return []
     import peft
     from peft.tuners.tuners_utils import BaseTunerLayer
 

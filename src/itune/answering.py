@@ -184,16 +184,16 @@ class Answerer:
     @property
     def mark(self) -> dict[str, Any]:
         """All that decides the answers but the prompts: the same mark, the same answers."""
-        generation = {k: v for k, v in self.wanted.to_dict().items() if v is not None}
-        generation.pop("transformers_version", None)
-        mark: dict[str, Any] = {
-            "model": fingerprints.digest(fingerprints.of(self.location, self.named.revision)),
-            "dtype": str(self.place.dtype).removeprefix("torch."),
-            "generation": generation,
+        mark = {
+            **fingerprints.of_asking(
+                self.location,
+                self.named.revision,
+                str(self.place.dtype).removeprefix("torch."),
+                self.wanted,
+                self.recipe.training.seed,
+            ),
             "decide": self.asked.decide,
         }
-        if self.wanted.do_sample:
-            mark["seed"] = self.recipe.training.seed
         if self.asked.engine is not None:
             mark["engine"] = dataclasses.asdict(self.asked.engine)
         return mark
@@ -234,17 +234,18 @@ class Answerer:
         self.tokens, self.seconds = self._rate()
         return {
             task.name: [
-                scoring.Prediction(
-                    case.row,
-                    case.wording,
-                    kept.answer(task, case) or "",
-                    case.references,
-                    predictions.shown(case),
-                )
-                for case in task.cases
+                dataclasses.replace(blank, prediction=kept.answer(task, case) or "")
+                for case, blank in zip(task.cases, self.blank(task), strict=True)
             ]
             for task in self.tasks
         }
+
+    def blank(self, task: data.Task) -> list[scoring.Prediction]:
+        """What is asked in a task, with no answer yet."""
+        return [
+            scoring.Prediction(case.row, case.wording, "", case.references, predictions.shown(case))
+            for case in task.cases
+        ]
 
     def _answered(self, task: data.Task, kept: predictions.Kept) -> None:
         """Ask what is missing of a task; of several processes each asks its share."""

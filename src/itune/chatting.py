@@ -37,6 +37,7 @@ class Chat:
         if self.system:
             prompting.refuse_half_characters(self._messages([]), "--system")
             speaking.system_taken(self.speaker, self.system)
+        self.speaker.warm()
         if sys.stdin.isatty():
             self.screen.say("/help shows the commands, /quit ends")
         while True:

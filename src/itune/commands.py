@@ -225,15 +225,18 @@ def _generate(common: Common, asked: prompting.Asked, fields: Mapping[str, Any])
         chatting.Chat(speaking.loaded(asked, fields, screen.say), screen, asked.system).run()
         return
     conversations = sharing.of_first(lambda: prompting.conversations(asked))
-    finished = 0
+    finished, marks = 0, [""] * len(conversations)
     if asked.input is not None and (path := common.output) is not None:
+        from itune import speaking
+
         prompts = [each.prompt for each in conversations]
-        finished = sharing.of_first(lambda: prompting.answered(path, prompts))
+        marks = sharing.of_first(lambda: speaking.marks(asked, fields, conversations))
+        finished = sharing.of_first(lambda: prompting.answered(path, prompts, marks))
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]
     if waiting:
-        _answer(common, asked, fields, waiting, finished)
+        _answer(common, asked, fields, waiting, marks[finished:], finished)
     if common.output is not None:
         many = f"{len(waiting)} answer{'s' * (len(waiting) != 1)}"
         screen.say(f"{many} written to {common.output}")
@@ -244,6 +247,7 @@ def _answer(
     asked: prompting.Asked,
     fields: Mapping[str, Any],
     waiting: Sequence[prompting.Conversation],
+    marks: Sequence[str],
     finished: int,
 ) -> None:
     from itune import shades, speaking
@@ -260,7 +264,8 @@ def _answer(
         answers = speaker.answers(
             prompts, finished, told=heard.told if heard else None, done=done, say=screen.say
         )
-        for each, ids, completion in zip(waiting, prompts, answers, strict=True):
+        asking = zip(waiting, marks, prompts, answers, strict=True)
+        for each, mark, ids, completion in asking:
             if sharing.rank() > 0:
                 continue
             if heard is not None:
@@ -270,24 +275,19 @@ def _answer(
             if prompting.paged(asked, common.output):
                 told.append((each.prompt, found))
             else:
-                _tell(common, screen, each.prompt, completion, found, heard=heard, alone=alone)
+                answer = _told(each.prompt, completion, found, mark)
+                _tell(common, screen, answer, found, heard=heard, alone=alone)
     if common.output is not None and told:
         storage.write(common.output, shades.page(told, speaker.name))
 
 
-def _tell(
-    common: Common,
-    screen: console.Screen,
+def _told(
     prompt: str,
     completion: decoding.Completion,
     found: explaining.Explanation | None,
-    *,
-    heard: speaking.Heard | None,
-    alone: bool,
-) -> None:
-    """Write an answer, and what explains it, where they belong."""
-    from itune import shades
-
+    mark: str,
+) -> dict[str, Any]:
+    """An answer as JSON has it; a mark says to a later start by what it was made."""
     answer = {
         "prompt": prompt,
         "response": completion.text,
@@ -296,6 +296,21 @@ def _tell(
     }
     if found is not None:
         answer["explained"] = found.plain()
+    return {**answer, "asked": mark} if mark else answer
+
+
+def _tell(
+    common: Common,
+    screen: console.Screen,
+    answer: Mapping[str, Any],
+    found: explaining.Explanation | None,
+    *,
+    heard: speaking.Heard | None,
+    alone: bool,
+) -> None:
+    """Write an answer, and what explains it, where they belong."""
+    from itune import shades
+
     if common.output is not None:
         with common.output.open("a", encoding="utf-8") as file:
             file.write(runs.to_json(answer) + "\n")
@@ -303,7 +318,8 @@ def _tell(
         emit(common, answer)
     else:
         if heard is None:
-            screen.result(completion.text if alone else f"> {prompt}\n{completion.text}\n")
+            text = answer["response"]
+            screen.result(text if alone else f"> {answer['prompt']}\n{text}\n")
         if found is not None:
             shades.show(screen, found)
 

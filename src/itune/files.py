@@ -196,6 +196,24 @@ def _check_schema(path: Path, name: str, suffix: str) -> None:
         ) from error
 
 
+def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of each line of a JSONL file that is not blank. Raises DataError."""
+    if path.is_dir():
+        raise errors.DataError(f"{path}: a folder, expected a file. Name a file of JSON lines.")
+    if not path.is_file():
+        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
+    for number, line in _lines(path, str(path)):
+        if not line.strip():
+            continue
+        value = _parsed(line.rstrip("\r\n"), f"{path}:{number}")
+        if not isinstance(value, dict):
+            raise errors.DataError(
+                f"{path}:{number}: expected an object {{...}}, found {shown_kind(value)}. "
+                "Mend the line."
+            )
+        yield number, value
+
+
 def _is_list(path: Path) -> bool:
     """Whether a whole list stands in the file; one that is a line of its own is a broken row."""
     with path.open("rb") as file:

@@ -39,6 +39,19 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
+def of_asking(
+    location: str, revision: str | None, dtype: str, wanted: Any, seed: int
+) -> dict[str, Any]:
+    """What decides answers beside the prompts: the model, its dtype, `wanted`, a GenerationConfig.
+
+    And the seed, where answers are drawn. JSON.
+    """
+    generation = {k: v for k, v in wanted.to_dict().items() if v is not None}
+    generation.pop("transformers_version", None)
+    mark = {"model": digest(of(location, revision)), "dtype": dtype, "generation": generation}
+    return {**mark, "seed": seed} if wanted.do_sample else mark
+
+
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What two fingerprints disagree on: names of files, or `name`, `commit`, `base`."""
     before, after = dict(_flat(old)), dict(_flat(new))

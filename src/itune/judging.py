@@ -59,10 +59,21 @@ def of_file(
     for name in metrics:
         metric_names.check(name, "--metric")
     made = predictions.read(path)
-    rival = None if against is None else results.Rival(against, predictions.read(Path(against)), {})
+    rival = None if against is None else _other_file(against)
     way = results.Way(metrics, settings)
     tasks = {name: results.scored(name, str(path), rows, way, rival) for name, rows in made.items()}
     return _result(None, started, None, tasks)
+
+
+def _other_file(against: str) -> results.Rival:
+    """What a file of predictions is compared with: another one."""
+    if against == "base" or Path(against).is_dir():
+        what = "is known of no file" if against == "base" else "is a folder"
+        raise errors.OptionError(
+            f"--against: {errors.inert(against)} {what}; beside --predictions no model is "
+            "asked. Name a file of answers, such as runs/NAME/evals/all/predictions.jsonl."
+        )
+    return results.Rival(against, predictions.read(Path(against)), {})
 
 
 def _result(
@@ -278,7 +289,10 @@ def _rival(
         found = predictions.read(Path(against))
         if len(ours.tasks) == 1 and len(found) == 1:
             found = {ours.tasks[0].name: next(iter(found.values()))}
-        return results.Rival(against, found, {}), None
+        read = results.Rival(against, found, {})
+        for task in ours.tasks:  # before hours of answering
+            results.check_paired(task.name, ours.blank(task), read)
+        return read, None
     if against != "base":
         location = str(runs.find(Path(against)).dir)
         return None, sharing.first_before_others(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from itune import errors, runs, scoring, sharing, storage
+from itune import errors, files, runs, scoring, sharing, storage
 
 if TYPE_CHECKING:
     from itune import data
@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, list[scoring.Prediction]]:
     `prompt` are optional. Raises DataError with the line.
     """
     tasks: dict[str, list[scoring.Prediction]] = {}
-    for number, line in lines(path):
+    for number, line in files.objects(path):
         name = str(line.get("task", ALONE))
         prompt = line.get("prompt")
         tasks.setdefault(name, []).append(
@@ -46,27 +46,6 @@ def read(path: Path) -> dict[str, list[scoring.Prediction]]:
     if not tasks:
         raise errors.DataError(f"{path}: 0 rows, the file is empty. Check how it was written.")
     return {ALONE: next(iter(tasks.values()))} if len(tasks) == 1 else tasks
-
-
-def lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, object) of each line of a JSONL file. Raises DataError."""
-    if not path.is_file():
-        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError as error:
-                raise errors.DataError(
-                    f"{path}:{number}: not JSON: {error}. Mend the line."
-                ) from error
-            if not isinstance(line, dict):
-                raise errors.DataError(
-                    f"{path}:{number}: expected an object {{...}}. Mend the line."
-                )
-            yield number, line
 
 
 def _whole(line: Mapping[str, Any], key: str, default: int, path: Path, number: int) -> int:
@@ -95,6 +74,16 @@ def _references(line: Mapping[str, Any], path: Path, number: int) -> tuple[str, 
     if not isinstance(several, list) or not all(isinstance(each, str) for each in several):
         raise errors.DataError(
             f"{path}:{number}: references: expected a list of texts, found {errors.shown(several)}."
+        )
+    if not several:
+        raise errors.DataError(
+            f"{path}:{number}: references: there is none. Give at least one; it may be empty text."
+        )
+    single = line.get("reference")
+    if single is not None and single not in several:
+        raise errors.DataError(
+            f"{path}:{number}: reference: {errors.shown(single)} is none of `references`, which "
+            "alone would count. Give one of the two keys."
         )
     return tuple(several)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from itune import errors, storage, templates
+from itune import errors, files, storage, templates
 
 if TYPE_CHECKING:
     from itune import formats
@@ -102,11 +102,11 @@ def conversations(asked: Asked) -> list[Conversation]:
     return found
 
 
-def answered(path: Path, prompts: Sequence[str]) -> int:
+def answered(path: Path, prompts: Sequence[str], marks: Sequence[str]) -> int:
     """How many of the prompts a file answers already; a line that a kill tore is taken out.
 
-    Raises OptionError for a file that holds anything else than answers to these prompts: nothing
-    of it is touched.
+    marks: of each prompt, what decides its answer (`speaking.marks`). Raises OptionError for a
+    file that holds anything else than such answers to these prompts: nothing of it is touched.
     """
     if not path.is_file():
         return 0
@@ -117,10 +117,15 @@ def answered(path: Path, prompts: Sequence[str]) -> int:
         except ValueError:
             found = None
         known = isinstance(found, dict) and "response" in found and number <= len(prompts)
-        if not known or found["prompt"] != prompts[number - 1]:
+        if not known or found.get("prompt") != prompts[number - 1]:
             raise errors.OptionError(
                 f"--output {path}: line {number} is no answer to prompt {number}. "
                 "Name another file, or take that one away."
+            )
+        if found.get("asked", marks[number - 1]) != marks[number - 1]:
+            raise errors.OptionError(
+                f"--output {path}: line {number} is an answer of another model, other settings or "
+                "another talk. Name another file, or take that one away."
             )
     if torn and not torn.startswith(b'{"prompt": '[: len(torn)]):
         raise errors.OptionError(
@@ -151,7 +156,7 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
         names = ["prompt"] if template is None else sorted(template.columns())
         yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
     if asked.input is not None:
-        for number, row in _json_lines(asked.input):
+        for number, row in files.objects(asked.input):
             yield _asked(row, f"{asked.input}:{number}", template, asked.system)
 
 
@@ -218,27 +223,3 @@ def _fields(given: Sequence[str]) -> dict[str, str]:
             raise errors.OptionError(f"--field {item}: expected key=value.")
         row[key] = value
     return row
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise errors.DataError(
-                    f"{path}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
-                    f"{error.start}. Convert the file with iconv."
-                ) from error
-            except ValueError as error:
-                raise errors.DataError(f"{path}:{number}: not JSON: {error}. Mend it.") from error
-            if not isinstance(row, dict):
-                raise errors.DataError(
-                    f"{path}:{number}: expected an object {{...}}, found a "
-                    f"{type(row).__name__}. Mend the line."
-                )
-            yield number, row

@@ -28,6 +28,7 @@ from itune import (
     encoding,
     errors,
     families,
+    formats,
     jobs,
     judging,
     likelihoods,
@@ -45,6 +46,8 @@ Say = Callable[[str], None]
 ROWS = 2
 NEW_TOKENS = 8  # chosen: whether answering works at all shows in the first of them
 TRIAL = ".trial"
+TRIAL_TOKENIZER = ".trial-tokenizer"
+PROMPTS = ("What is shown here?", " Zwölf 1,5 % <a>\n\n  你好, 世界!")  # what readings differ in
 
 
 def rehearse(
@@ -71,6 +74,7 @@ def rehearse(
             _refuse_little_room(recipe, run, job, _size(state))
             tried += [_track(tracker) for tracker in accelerator.trackers]
             if not begun:
+                _save_and_load(run, encoder)
                 _write_and_read(run, state)
                 tried.append(f"a checkpoint of {_megabytes(_size(state))}")
         if job.heldout is not None and not begun:
@@ -124,6 +128,27 @@ def _state(job: jobs.Job, settings: recipes.Training, world: int) -> checkpoints
         rng=[checkpoints.random_state() for _ in range(world)],
         meta={},
     )
+
+
+def _save_and_load(run: runs.Run, encoder: encoding.Encoder) -> None:
+    """Raises ModelError for a tokenizer that the library saves as another one."""
+    folder = run.dir / TRIAL_TOKENIZER
+    try:
+        encoder.tokenizer.save_pretrained(folder)
+        again = families.encoder(encoder.family, models.tokenizer(str(folder), kind=encoder.family))
+        for text in PROMPTS:
+            asked = [formats.Message("user", text)]
+            ours, theirs = encoder.prompt(asked), again.prompt(asked)
+            if ours != theirs:
+                raise errors.ModelError(
+                    "the model's tokenizer, saved and read again, is another one: "
+                    f"{errors.shown(text)} has the ids {ours[:8]} before and {theirs[:8]} after. "
+                    "What is tuned would be asked otherwise. Save the base's tokenizer with this "
+                    "version of transformers first, and see whether that is the one you mean."
+                )
+    finally:
+        if folder.is_dir():
+            storage.DISK.remove(folder)
 
 
 def _size(state: checkpoints.State) -> int:

@@ -67,12 +67,21 @@ def scored(
     if wordings:
         made["spread"] = _spread(wordings)
     if rival is not None:
-        if name not in rival.predictions:
-            raise errors.DataError(
-                f"{rival.name}: no predictions for {name}.{errors.nearest(name, rival.predictions)}"
-            )
-        made["against"] = _against(rival.name, rows, rival.predictions[name], way)
+        made["against"] = _against(rival.name, rows, _of_rival(rival, name), way)
     return made
+
+
+def check_paired(name: str, rows: Sequence[scoring.Prediction], rival: Rival) -> None:
+    """Raises DataError where a rival did not answer these rows, whatever the answers are."""
+    scoring.paired(rows, _of_rival(rival, name))
+
+
+def _of_rival(rival: Rival, name: str) -> Sequence[scoring.Prediction]:
+    if name not in rival.predictions:
+        raise errors.DataError(
+            f"{rival.name}: no predictions for {name}.{errors.nearest(name, rival.predictions)}"
+        )
+    return rival.predictions[name]
 
 
 def _scores(rows: Sequence[scoring.Prediction], way: Way) -> dict[str, Any]:
@@ -147,9 +156,16 @@ def _changed(
             "worse": len(worse),
             "same": len(rows) - len(found),
         },
-        "better": [_shown(each) for each in better[:CHANGED]],
-        "worse": [_shown(each) for each in worse[::-1][:CHANGED]],
+        "better": _listed(better),
+        "worse": _listed(worse[::-1]),
     }
+
+
+def _listed(changes: Sequence[scoring.Change]) -> list[dict[str, Any]]:
+    """The first of them, a row once: in another wording it is seldom another finding."""
+    once = {change.ours.row: change for change in reversed(changes)}
+    first = [change for change in changes if once[change.ours.row] is change]
+    return [_shown(each) for each in first[:CHANGED]]
 
 
 def _shown(change: scoring.Change) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from itune import contrasts
+from itune import contrasts, scoring
 
 SHOWN = 3  # chosen: rows that changed most, each way; report.html has more
 WIDTH = 27  # columns of an answer: two of them, a row and its gain make 80
@@ -58,13 +58,25 @@ def _scores(name: str, task: Mapping[str, Any], interval: str) -> Table:
             theirs = other["scores"][key]
             cells[-1] += [number(theirs["value"]), bounds(theirs)]
     notes = [] if other is None else _odd(other, f"{_called(other['name'])}: ")
-    notes = [*_odd(task, ""), *notes, *_leaked(task), *_wrapped(task.get("notes", ()))]
+    notes = [
+        *_turned(task["scores"]),
+        *_odd(task, ""),
+        *notes,
+        *_leaked(task),
+        *_wrapped(task.get("notes", ())),
+    ]
     return Table(f"{name}: {rows}{wordings}", columns, cells, notes)
 
 
 def _wrapped(notes: Iterable[str]) -> list[str]:
     """What else is said of a task, in lines that fit."""
     return [line for note in notes for line in textwrap.wrap(note, 80)]
+
+
+def _turned(scores: Mapping[str, Any]) -> list[str]:
+    """A line about values of which the smaller is the better, where there are any."""
+    names = [key for key in scores if key in scoring.LESS_IS_BETTER]
+    return [f"less is better: {', '.join(names)}"] if names else []
 
 
 def _leaked(task: Mapping[str, Any]) -> list[str]:

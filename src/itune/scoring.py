@@ -94,7 +94,7 @@ def compare(
     Raises what `score` raises; DataError where rows, wordings, prompts or references differ.
     """
     intervals.check(confidence, resamples)
-    left, right = _paired(ours, theirs)
+    left, right = paired(ours, theirs)
     pairs = list(
         zip(
             _tables(left, metric_names, choices), _tables(right, metric_names, choices), strict=True
@@ -114,7 +114,7 @@ def changes(
 
     The largest gain first, the largest loss last. Raises what `compare` raises.
     """
-    left, right = _paired(ours, theirs)
+    left, right = paired(ours, theirs)
     for mine, other in zip(
         _tables(left, metric_names, choices), _tables(right, metric_names, choices), strict=True
     ):
@@ -238,11 +238,11 @@ def _starts(ordered: Sequence[Prediction]) -> Array:
     return np.flatnonzero(np.concatenate([[True], rows[1:] != rows[:-1]]))
 
 
-def _paired(
+def paired(
     ours: Sequence[Prediction], theirs: Sequence[Prediction]
 ) -> tuple[list[Prediction], list[Prediction]]:
-    """Both in the same order. Raises DataError, which names the first place where two systems did
-    not answer the same."""
+    """Both by row and wording. Raises DataError, which names the first place where two systems
+    were not asked the same."""
     left, right = _ordered(ours, "our predictions"), _ordered(theirs, "their predictions")
     here = {(each.row, each.wording) for each in left}
     there = {(each.row, each.wording) for each in right}

@@ -5,6 +5,8 @@ Needs torch.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +17,7 @@ from itune import (
     engines,
     errors,
     explaining,
+    fingerprints,
     locating,
     models,
     prompting,
@@ -42,6 +45,19 @@ class Speaker:
         """The answer to one prompt. `told(place, token)` hears of each token as it comes."""
         order = decoding.Order(self.seed, [key], told=told)
         return decoding.generate(self.model, self.encoder, [ids], self.wanted, order=order)[0]
+
+    def warm(self) -> None:
+        """Answer a question with one token, unheard: what a first answer imports is there then.
+
+        A signal in the middle of an import would leave a library behind that is half there.
+        """
+        from itune import formats
+
+        few = copy.deepcopy(self.wanted)
+        few.max_new_tokens, few.min_new_tokens, few.min_length = 1, None, 0
+        with contextlib.suppress(errors.UserError):  # a real question says it with its place
+            ids = self.encoder.prompt([formats.Message("user", "?")])
+            decoding.generate(self.model, self.encoder, [ids], few)
 
     def explained(
         self, ids: Sequence[int], completion: decoding.Completion, *, drivers: bool
@@ -99,16 +115,7 @@ class Speaker:
 
 def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) -> Speaker:
     """The model of a run, or another. `given`: generation's fields of the command line."""
-    fields: dict[str, Any] = {}
-    if asked.model is not None:
-        location, seed = asked.model, 17
-    else:
-        run = runs.find(asked.run) if asked.run is not None else runs.newest()
-        say(f"run: {run.dir}")
-        location = str(run.dir)
-        recipe = run.recipe
-        fields, seed = dict(recipe.generation), recipe.training.seed
-    fields.update(given)
+    location, seed, fields = _settled(asked, given, say)
     named = recipes.Model(name=location)
     encoder = models.encoder(named)
     decoding.refuse_masked(encoder, location)
@@ -163,3 +170,34 @@ def system_taken(speaker: Speaker, system: str) -> None:
 
     with prompting.located("--system", kind=errors.OptionError):
         speaker.encoder.prompt([formats.Message("system", system), formats.Message("user", "?")])
+
+
+def marks(
+    asked: prompting.Asked,
+    given: Mapping[str, Any],
+    conversations: Sequence[prompting.Conversation],
+) -> list[str]:
+    """A word for each thing that is asked: the same word, the same answer. Loads no weights."""
+    location, seed, fields = _settled(asked, given, lambda _: None)
+    named = recipes.Model(name=location)
+    wanted = decoding.settings(fields, models.encoder(named))
+    dtype = str(models.placement(named).dtype)
+    mark = fingerprints.of_asking(location, None, dtype, wanted, seed)
+    return [
+        fingerprints.digest(
+            {**mark, "engine": asked.engine, "asked": [[m.role, m.content] for m in each.messages]}
+        )[:16]
+        for each in conversations
+    ]
+
+
+def _settled(
+    asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say
+) -> tuple[str, int, dict[str, Any]]:
+    """Where the model is that answers, its seed, and the fields of generation."""
+    if asked.model is not None:
+        return asked.model, 17, dict(given)
+    run = runs.find(asked.run) if asked.run is not None else runs.newest()
+    say(f"run: {run.dir}")
+    recipe = run.recipe
+    return str(run.dir), recipe.training.seed, {**recipe.generation, **given}

@@ -38,6 +38,9 @@ def with_template(loaded: Any, kind: str = families.CAUSAL) -> Any:
         loaded.chat_template = plain_template(loaded, kind)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
+    if getattr(loaded, "legacy", None):
+        # Llama's reads text after a control token otherwise with it, and is saved without it.
+        loaded.init_kwargs["legacy"] = loaded.legacy
     return loaded
 
 

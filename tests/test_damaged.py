@@ -71,12 +71,54 @@ def test_a_run_without_its_recipe_says_so(unfinished: Path, cli: Cli) -> None:
     assert "recipe.yaml: is missing" in ended.err
 
 
+def test_a_recipe_that_was_torn_or_edited_is_no_other_recipe(unfinished: Path, cli: Cli) -> None:
+    """A torn one reads as a recipe with defaults: nothing may be trained or scored by it."""
+    path = unfinished / "recipe.yaml"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    edited = whole.replace(b"max_length: 128", b"max_length: 127")
+    assert edited != whole
+    for content in (b"".join(lines[:-1]), b"".join(lines[:9]), whole[:-9], edited, b"", b"\xff"):
+        path.write_bytes(content)
+        for command in (
+            ["tune", "-r", "tune.yaml"],
+            ["tune", "-r", "runs/tune/recipe.yaml"],
+            ["eval", "--run", "runs/tune"],
+        ):
+            if command[0] == "eval":
+                manifest = json.loads((unfinished / "run.json").read_text())
+                (unfinished / "run.json").write_text(json.dumps({**manifest, "state": "finished"}))
+            ended = cli(*command)
+            assert ended.code == 2, (content, command, ended.err)
+            assert "recipe.yaml" in ended.err
+            assert "Traceback" not in ended.err
+            assert "another recipe" not in ended.err
+            if command[2] != "runs/tune/recipe.yaml":
+                assert "damaged or was edited" in ended.err
+                assert "--fresh" in ended.err
+        (unfinished / "run.json").write_text(json.dumps({**manifest, "state": "running"}))
+    path.write_bytes(whole)
+    assert cli("tune", "-r", "runs/tune/recipe.yaml").code == 0
+
+
 def test_other_folders_among_the_checkpoints_are_passed_over(unfinished: Path, cli: Cli) -> None:
     for name in ("²", "٣", "notes"):
         (unfinished / "checkpoints" / name).mkdir()
     ended = cli("tune", "-r", "tune.yaml")
     assert ended.code == 0, ended.err
     assert "resuming after step 12 of 12" in ended.err
+
+
+def test_a_checkpoint_passed_over_is_told_to_those_who_want_quiet_too(
+    unfinished: Path, cli: Cli
+) -> None:
+    newest = max((unfinished / "checkpoints").iterdir())
+    (newest / "rng.safetensors").unlink()
+    ended = cli("tune", "-r", "tune.yaml", "-q")
+    assert ended.code == 0, ended.err
+    (said,) = ended.err.splitlines()
+    assert str(newest.relative_to(newest.parents[3])) in said
+    assert "rng.safetensors is missing" in said
 
 
 def test_a_lock_on_a_folder_that_was_moved_aside_holds_nothing(

@@ -7,7 +7,17 @@ import sys
 if not getattr(sys.flags, "safe_path", False) and sys.path[:1] in ([""], [os.getcwd()]):  # noqa: PTH109
     del sys.path[0]
 
+from itune import signals
 from itune.cli import main
 
+
+def run() -> None:
+    """The program: its exit code is that of its work, whatever signal comes while it ends."""
+    try:
+        main()
+    finally:
+        signals.deafen()
+
+
 if __name__ == "__main__":
-    main()
+    run()

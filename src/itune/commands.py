@@ -147,7 +147,8 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
     finally:
         screen.end()
         if launching.is_main() and run.manifest["state"] != "finished":
-            run.update(state=state)
+            with contextlib.suppress(OSError):  # a disk that refuses this has refused more
+                run.update(state=state)
             if state != "failed":
                 _report(run, screen)
 

@@ -25,6 +25,7 @@ from itune import (
     feeding,
     gradients,
     jobs,
+    launching,
     losses,
     memory,
     optimizers,
@@ -115,9 +116,9 @@ class _Loop:
 
     def resume(self) -> None:
         """Restore the newest whole checkpoint: weights, optimiser, schedule, RNG, counts."""
-        path, warnings = checkpoints.latest(self.run.checkpoints, self.run_id)
-        for warning in warnings:
-            self.watcher.say(warning)
+        path, broken = checkpoints.latest(self.run.checkpoints, self.run_id)
+        for why in broken:
+            launching.warn(why)
         if path is not None:
             state = checkpoints.load(path)
             own = dict(self._trainable())
@@ -350,7 +351,7 @@ class _Loop:
     def _bad(self, loss: float, norm: float) -> None:
         self.at.bad_steps += 1
         if self.at.bad_steps < MAX_BAD_STEPS:
-            self.watcher.say(
+            launching.warn(
                 f"step {self.at.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the "
                 "step is not applied."
             )

@@ -130,6 +130,7 @@ def start(arguments: list[str]) -> int:
     errors = os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, target in ((0, quiet), (1, quiet), (2, errors)):
         os.dup2(target, stream)
+    sys.stderr = os.fdopen(2, "w", closefd=False)  # whatever it was, as under a test
     from itune.cli import main
 
     sys.argv = ["itune", *arguments]

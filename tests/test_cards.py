@@ -12,7 +12,7 @@ import pytest
 from conftest import random_texts, sentences
 from markdown_it import MarkdownIt
 
-from itune import cards, contrasts, origins, recipes, runs, storage
+from itune import cards, contrasts, origins, recipes, runs
 
 Cli = Callable[..., Any]
 TASK = """
@@ -82,7 +82,7 @@ def made_by_hand(folder: Path, manifest: dict[str, Any], **sections: Any) -> run
     train = {"path": "rows.jsonl", **sections.pop("train", {})}
     recipe = {"model": {"name": "org/base"}, "data": {"train": train}, **sections}
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(storage.sealed(json.dumps(recipe) + "\n"))
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
     made = {
         "command": "tune",
         "itune": "1",

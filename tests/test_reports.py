@@ -14,7 +14,7 @@ from conftest import random_texts
 from rich import cells
 from test_commands import write
 
-from itune import charts, console, contrasts, recipes, reports, runs, scoreboard, storage
+from itune import charts, console, contrasts, recipes, reports, runs, scoreboard
 
 VOID = {"meta", "br", "link", "img", "input", "hr", "path"}
 ESCAPE, BELL, NUL = "\x1b[31mred\x1b[0m", "\x07", "a\x00b"
@@ -72,7 +72,7 @@ def run_of(folder: Path, texts: tuple[str, ...], label: str = "sad") -> runs.Run
         "model: {name: some/base}\ndata: {train: {path: train.jsonl}}\n",
         str(folder / "recipe.yaml"),
     )
-    (folder / "recipe.yaml").write_text(storage.sealed(recipes.dump(recipe)))
+    (folder / "recipe.yaml").write_text(recipes.dump(recipe))
     manifest = {
         "command": "tune", "state": "finished", "created": "2026-01-01T10:00:00+00:00",
         "finished": "2026-01-01T11:00:00.000000+00:00", "itune": "0", "versions": {"torch": "2"},

@@ -277,8 +277,8 @@ def _refused(error: Exception) -> str | None:
         )
     if said := storage.refusal(error):
         return (
-            f"{said}. What was finished is kept, and checkpoints are whole: make room, or choose "
-            "another disk, and run the same command again."
+            f"{said}. What was finished is kept, and checkpoints are whole: make room, or choose a "
+            "folder that can be written to, and run the same command again."
         )
     if launching.lost_peer(error):
         return (
@@ -314,8 +314,5 @@ def main() -> None:
         launching.tell(f"error: {errors.inert(refused)}\n")
         sys.exit(errors.EnvironmentRefusal.exit_code)
     except signals.Stopped as stopped:
-        launching.tell(
-            f"error: stopped by {stopped}; what was finished is kept. Run the same "
-            "command again to go on.\n"
-        )
+        launching.tell(f"error: {signals.told(str(stopped))}\n")
         sys.exit(errors.Interrupted.exit_code)

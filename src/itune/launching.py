@@ -25,7 +25,7 @@ TELLING = 10.0  # chosen: seconds in which a process that failed has told why an
 # What torch's launcher reads: a signal goes to every process, which may finish its step and write
 # a checkpoint before it is killed, in seconds. Its own 30 are too few for a large model.
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800"
-SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
+SIGNALS = "PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"  # torch 2.13, and before
 
 
 def ensure(
@@ -49,7 +49,8 @@ def ensure(
     sys.stderr.flush()
     os.environ[SUPERVISED] = uuid.uuid4().hex
     os.environ.setdefault(*SHUTDOWN)
-    os.environ.setdefault(SIGNALS, ",".join(each.name for each in signals.asking()))
+    for name in SIGNALS:
+        os.environ.setdefault(name, ",".join(each.name for each in signals.asking()))
     on_gpus = torch.cuda.is_available()
     start = (_on_gpus if on_gpus else _on_cpu)(processes, arguments)
     watch = None if folder is None else beats.Hang(folder, launch_id(), processes, hang_timeout)
@@ -129,7 +130,9 @@ def _waited_for(start: Callable[[], None], hang: beats.Hang | None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The launcher would tell of each failure in a traceback of its own.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         start()
     except ChildFailedError as error:
@@ -154,6 +157,7 @@ def _waited_for(start: Callable[[], None], hang: beats.Hang | None) -> int:
         return errors.ItuneError.exit_code
     except SignalException as stopped:
         if stopped.sigval in signals.ASKING:
+            sys.stderr.write(f"error: {signals.told(stopped.sigval.name)}\n")
             return errors.Interrupted.exit_code
         return 128 + int(stopped.sigval)
     return 0

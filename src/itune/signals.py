@@ -20,6 +20,11 @@ def asking() -> tuple[signal.Signals, ...]:
     return tuple(each for each in ASKING if each != signal.SIGHUP or not deaf)
 
 
+def told(name: str | None) -> str:
+    """What a user reads after a signal stopped what has no checkpoint of its own."""
+    return f"stopped by {name}; what was finished is kept. Run the same command again to go on."
+
+
 def deafen() -> None:
     """Heed no signal any more: the exit code is known, and only the end is left."""
     for number in ASKING:

@@ -205,11 +205,14 @@ def test_no_process_outlives_the_one_that_started_it(ready: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_to_the_launcher_ends_all_processes_in_order(ready: Path, name: str) -> None:
-    process = started(ready, "--processes", "2")
+    process = started(ready, "--processes", "2", "-s", "training.save_steps=100000")
     process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
+    assert f"error: stopped by {name}" in said
+    assert "same command" in said
     assert "Traceback" not in said
+    assert "death signal" not in said
     last = json.loads((ready / "runs/run/log.jsonl").read_text().splitlines()[-1])["step"]
     assert (ready / f"runs/run/checkpoints/{last:06}").is_dir()
 

@@ -5,7 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -75,8 +75,8 @@ def prepared(
         command=command,
         max_dropped=recipe.data.max_dropped,
     )
-    _refuse_other_rows(run, corpus)
     heldout = data.heldout(recipe, encoder, command)
+    _refuse_other_rows(run, corpus, heldout)
     objective = objectives.of(encoder, settings)
     corpus = objectives.counted(corpus, objective, encoder.room)
     if heldout is not None:
@@ -85,18 +85,44 @@ def prepared(
     return encoder, corpus, heldout
 
 
-def _refuse_other_rows(run: runs.Run, corpus: data.Corpus) -> None:
-    """Refuse to go on with rows that changed since the run began: no plan of steps would hold."""
+def _refuse_other_rows(run: runs.Run, corpus: data.Corpus, heldout: data.Corpus | None) -> None:
+    """Refuse to go on with rows or templates that changed since the run began.
+
+    No plan of steps would hold, nor could held-out losses be compared.
+    """
     if run.untried:
         return
-    before = run.manifest.get("data", {}).get("train", {}).get("sources", [])
-    for old, new in zip(before, corpus.reports, strict=False):
-        if old["rows"] != new.rows:
-            raise errors.DataError(
-                f"{new.path}: its rows have changed since this run began ({old['rows'][:12]} then, "
-                f"{new.rows[:12]} now; {old['counts']['read']:,} rows then, {new.counts.read:,} "
-                "now). Put them back, or start anew with --fresh."
-            )
+    before = run.manifest.get("data", {})
+    for old, new in zip(before.get("train", {}).get("sources", []), corpus.reports, strict=False):
+        _refuse_another(old, new)
+    if heldout is not None:
+        asked = [each["asked"] for each in watched(heldout)]
+        for old, new, now in zip(before.get("heldout", []), heldout.reports, asked, strict=False):
+            if old["asked"] == now:  # else the recipe asks for others, as allowed
+                _refuse_another(old, new)
+
+
+def _refuse_another(old: Mapping[str, Any], new: data.Report) -> None:
+    if old["rows"] != new.rows:
+        raise errors.DataError(
+            f"{new.path}: its rows have changed since this run began ({old['rows'][:12]} then, "
+            f"{new.rows[:12]} now; {old['counts']['read']:,} rows then, {new.counts.read:,} "
+            "now). Put them back, or start anew with --fresh."
+        )
+    if old.get("template", new.template) != new.template:
+        raise errors.TemplateError(
+            f"{new.path}: its {new.read_as} has changed since this run began "
+            f"({old['template'][:12]} then, {new.template[:12]} now). Put it back, or start anew "
+            "with --fresh."
+        )
+
+
+def watched(heldout: data.Corpus) -> list[dict[str, Any]]:
+    """For run.json: each source of held-out rows, as it was asked for and what became of it."""
+    return [
+        {"asked": source.model_dump(mode="json"), **asdict(report)}
+        for source, report in zip(heldout.sources, heldout.reports, strict=True)
+    ]
 
 
 def base_files(recipe: recipes.Recipe, run: runs.Run) -> dict[str, Any] | None:

@@ -212,10 +212,26 @@ def _generate(common: Common, asked: prompting.Asked, fields: Mapping[str, Any])
         chatting.Chat(speaking.loaded(asked, fields, screen.say), screen, asked.system).run()
         return
     conversations = sharing.of_first(lambda: prompting.conversations(asked))
-    finished = 0
-    if asked.input is not None and (path := common.output) is not None:
+    path = None if asked.input is None else common.output
+    if path is None:
+        _missing(common, asked, fields, conversations, 0)
+        return
+    with contextlib.ExitStack() as held:
+        sharing.of_first(lambda: held.enter_context(prompting.alone(path)))
         prompts = [each.prompt for each in conversations]
         finished = sharing.of_first(lambda: prompting.answered(path, prompts))
+        _missing(common, asked, fields, conversations, finished)
+
+
+def _missing(
+    common: Common,
+    asked: prompting.Asked,
+    fields: Mapping[str, Any],
+    conversations: Sequence[prompting.Conversation],
+    finished: int,
+) -> None:
+    """Answer all that is asked but the first `finished`, which are answered already."""
+    screen = common.screen()
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]

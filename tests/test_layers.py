@@ -69,6 +69,7 @@ ORDER = (
     "fingerprints",
     "checkpoints",
     "jobs",
+    "diverging",
     "compiling",
     "optimizers",
     "feeding",

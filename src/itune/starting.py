@@ -26,6 +26,7 @@ from itune import (
     recipes,
     runs,
     samples,
+    storage,
     vocabularies,
 )
 
@@ -154,7 +155,7 @@ def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)
-        beside.replace(kept)
+        storage.publish(beside, kept)
     return made
 
 

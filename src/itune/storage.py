@@ -65,6 +65,15 @@ class Disk:
 DISK = Disk()
 
 
+def publish(staged: Path, folder: Path) -> None:
+    """Give a folder its final name, once all that is in it is on the disk."""
+    for path in staged.rglob("*"):
+        DISK.sync(path)
+    DISK.sync(staged)
+    DISK.rename(staged, folder)
+    DISK.sync(folder.parent)
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside it first, on the disk, then renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -7,15 +7,16 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
 from itune import storage
 
-from .kills import prepare, start
+from .kills import LORA, prepare, start
 
 RUN = Path("runs/run")
 
@@ -77,6 +78,43 @@ def test_a_run_goes_on_once_its_checkpoints_can_be_written(
     assert code == 0, said
     log = [json.loads(line) for line in Path("runs/none/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, 10))
+
+
+class Recorder(storage.Disk):
+    """Notes what was on the disk when a folder got its final name."""
+
+    def __init__(self) -> None:
+        self.synced: set[Path] = set()
+        self.unsynced: dict[str, list[str]] = {}
+        self.parents: set[Path] = set()
+
+    def sync(self, path: Path) -> None:
+        super().sync(path)
+        self.synced.add(path)
+
+    def rename(self, old: Path, new: Path) -> None:
+        if old.is_dir():
+            held = [each for each in old.rglob("*") if each not in self.synced]
+            self.unsynced[new.name] = [each.name for each in held]
+            self.parents.add(new.parent)
+        super().rename(old, new)
+
+
+def test_whatever_gets_its_final_name_is_on_the_disk_before(
+    ready: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a power cut leaves a run that says it is finished, and weights of zeros."""
+    disk = Recorder()
+    monkeypatch.setattr(storage, "DISK", disk)
+    scratch = "model={from_scratch: {model_type: llama, hidden_size: 16, intermediate_size: 32, "
+    scratch += "num_hidden_layers: 1, num_attention_heads: 2, tokenizer: {vocab_size: 300}}}"
+    more = ["-s", LORA, "-s", "output.merge=true", "-s", "training.max_steps=1"]
+    ended = cli("tune", "-r", "run.yaml", "-s", scratch, *more)
+    assert ended.code == 0, ended.err
+    assert {"model", "merged", "base", "tokenizer", "000001"} <= set(disk.unsynced)
+    assert len(disk.unsynced) > 5, "and what is kept in the cache"
+    assert not {name: held for name, held in disk.unsynced.items() if held}
+    assert disk.parents <= disk.synced
 
 
 def test_what_a_disk_refuses_with_is_told_from_other_errors() -> None:

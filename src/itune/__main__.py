@@ -8,7 +8,10 @@ if not getattr(sys.flags, "safe_path", False) and sys.path[:1] in ([""], [os.get
     del sys.path[0]
 
 from itune import signals
-from itune.cli import main
+
+signals.early()
+
+from itune.cli import main  # noqa: E402
 
 
 def run() -> None:

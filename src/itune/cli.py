@@ -259,6 +259,12 @@ def _told(
 def _run() -> None:
     """What the command line says. Raises Stopped for whatever fails after a signal stopped it."""
     try:
+        for each in sys.argv[1:]:
+            if each.startswith("-") and errors.masked(each) != each:  # typer would quote it
+                raise errors.OptionError(
+                    f"{errors.masked(each)}: a secret on the command line, where others see it. "
+                    "Set it in the environment, such as HF_TOKEN."
+                )
         app()
     except Exception as error:
         if signals.LISTENER.raised:  # and a library took it for a fault of its own

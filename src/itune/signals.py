@@ -7,9 +7,13 @@ lost. So who works long asks `check`, and what fails after it is told as the sig
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+from itune import errors
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -23,6 +27,18 @@ def asking() -> tuple[signal.Signals, ...]:
 def told(name: str | None) -> str:
     """What a user reads after a signal stopped what has no checkpoint of its own."""
     return f"stopped by {name}; what was finished is kept. Run the same command again to go on."
+
+
+def early() -> None:
+    """Until a command listens, end at once and in order: nothing has begun."""
+    for number in asking():
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, _frame: Any) -> None:
+    sys.stderr.write(f"error: {told(signal.Signals(number).name)}\n")
+    sys.stderr.flush()
+    os._exit(errors.Interrupted.exit_code)
 
 
 def deafen() -> None:

@@ -189,6 +189,27 @@ def test_a_signal_after_the_work_is_done_does_not_take_the_exit_code(tmp_path: P
         assert "Traceback" not in done.stderr
 
 
+SOON = """
+import signal, sys
+class Late:
+    def find_spec(self, name, path, target=None):
+        if name == "itune.cli":
+            signal.raise_signal(signal.SIGTERM)
+sys.meta_path.insert(0, Late())
+from itune import __main__
+"""
+
+
+def test_a_signal_before_the_command_has_begun_ends_it_in_order(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SOON], cwd=tmp_path, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGTERM" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_no_process_outlives_the_one_that_started_it(ready: Path) -> None:
     process = started(ready, "--processes", "2")

@@ -73,6 +73,7 @@ ORDER = (
     "fingerprints",
     "checkpoints",
     "jobs",
+    "diverging",
     "compiling",
     "optimizers",
     "feeding",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import shutil
@@ -47,6 +48,21 @@ def test_answers_are_kept_whatever_their_characters(
     torn = cli(*line, "out.jsonl")
     assert "1 of 3 are answered already" in torn.err
     assert (tmp_path / "out.jsonl").read_bytes() == whole
+
+
+def test_a_file_has_its_answers_from_one_command_at_a_time(
+    line: list[str], tmp_path: Path, cli: Cli
+) -> None:
+    with (tmp_path / "out.jsonl").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        ended = cli(*line, "out.jsonl")
+        assert ended.code == 3, ended.err
+        assert "another process writes its answers there" in ended.err
+    assert (tmp_path / "out.jsonl").read_text() == ""
+    assert cli(*line, "out.jsonl").code == 0
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 3
+    assert cli(*line, "new.jsonl", "-s", "generation.max_new_tokens=zero").code == 2
+    assert not (tmp_path / "new.jsonl").exists()
 
 
 def test_answers_to_other_prompts_are_not_taken_for_these(

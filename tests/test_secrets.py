@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.kills import prepare
@@ -70,6 +71,17 @@ def test_no_credential_is_in_a_file_or_a_line(tmp_path: Path, tiny_model_dir: Pa
     assert "Traceback" in done.stderr
     assert done.stderr.count("[secret]") >= len(CANARIES) + 1
     assert words(tmp_path) == []
+
+
+def test_a_credential_given_as_an_option_is_not_quoted(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_PASSWORD", CANARIES["MY_PASSWORD"])
+    for given in (CANARIES["HF_TOKEN"], CANARIES["MY_PASSWORD"]):
+        ended = cli("tune", f"--{given}")
+        assert ended.code == 2
+        assert "a secret on the command line" in ended.err
+        assert given not in ended.err + ended.out
 
 
 def test_a_short_or_harmless_value_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from itune import checkpoints, errors, losses, rowlosses, storage
 
@@ -240,6 +243,51 @@ def test_a_finished_run_does_nothing_and_another_recipe_is_refused(
     assert other.code == 2
     assert "training.learning_rate" in other.err
     assert "--fresh" in other.err
+
+
+def _bad_at(patch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """The loss of these steps, counted from one, is no number."""
+    from itune import training
+
+    real = training._Loop._backward
+
+    def spoilt(self: Any, *given: Any) -> Any:
+        return real(self, *given) * (math.nan if self.at.step + 1 in steps else 1.0)
+
+    patch.setattr(training._Loop, "_backward", spoilt)
+
+
+def test_a_step_that_is_not_finite_is_logged_as_it_is_and_not_applied(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    _bad_at(monkeypatch, {5, 6, 8})
+    ended = cli("tune", "-r", "tune.yaml", "-q")
+    assert ended.code == 0, ended.err
+    assert ended.err.count("not finite, so the step is not applied") == 3
+    log = (tmp_path / "runs/tune/log.jsonl").read_text()
+    lines = [json.loads(each) for each in log.splitlines()]
+    assert [each["step"] for each in lines if each["loss"] == "nan"] == [5, 6, 8]
+
+
+def test_three_steps_that_are_not_finite_end_a_run_and_are_told_with_their_rows(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder_with(tmp_path, tiny_model_dir)
+    options = ("-s", "training.save_steps=3")
+    with monkeypatch.context() as patched:
+        _bad_at(patched, {5, 6, 7})
+        ended = cli("tune", "-r", "tune.yaml", *options)
+    assert ended.code == 4, ended.err
+    said = ended.err.splitlines()[-1]
+    assert "the last of them 7 (loss nan" in said
+    assert re.search(r"of rows\.jsonl rows? \d+[, \d]*( and \d+ more)?\. ", said), said
+    assert "The last good checkpoint is runs/tune/checkpoints/000006." in said
+    assert json.loads((tmp_path / "runs/tune/run.json").read_text())["state"] == "diverged"
+    weights = load_file(tmp_path / "runs/tune/checkpoints/000006/weights.safetensors")
+    assert all(torch.isfinite(each).all() for each in weights.values())
+    before = load_file(tmp_path / "runs/tune/checkpoints/000003/weights.safetensors")
+    assert any(not torch.equal(weights[name], before[name]) for name in weights), "step 4"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(

@@ -7,7 +7,20 @@ import sys
 if not getattr(sys.flags, "safe_path", False) and sys.path[:1] in ([""], [os.getcwd()]):  # noqa: PTH109
     del sys.path[0]
 
-from itune.cli import main
+from itune import signals
+
+signals.early()
+
+from itune.cli import main  # noqa: E402
+
+
+def run() -> None:
+    """The program: its exit code is that of its work, whatever signal comes while it ends."""
+    try:
+        main()
+    finally:
+        signals.deafen()
+
 
 if __name__ == "__main__":
-    main()
+    run()

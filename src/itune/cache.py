@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from itune import storage
+
 DONE = "done.json"
 UNUSED = 30 * 24 * 3600  # chosen: seconds after which what nobody uses is removed
 HELD = 256  # chosen: marks that a process holds; the system allows it some thousand files
@@ -60,7 +62,7 @@ def _fill(folder: Path, make: Callable[[Path], Any]) -> None:
     try:
         said = make(staged)
         (staged / DONE).write_text(json.dumps(said), encoding="utf-8")
-        staged.replace(folder)
+        storage.publish(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

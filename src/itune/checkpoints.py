@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from itune import errors, storage
 
 VERSION = 1
 MANIFEST = "manifest.json"
+PARTS = ("optimizer.safetensors", "rng.safetensors", "state.json", "weights.safetensors")
 Tensors = dict[str, torch.Tensor]
 
 
@@ -87,8 +89,8 @@ def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
             storage.DISK.rename(final, _aside(final))
         storage.DISK.rename(staged, final)
         storage.DISK.sync(folder)
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a full disk as RuntimeErrors of their own.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a full disk as errors of their own.
         shutil.rmtree(staged, ignore_errors=True)
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise errors.EnvironmentRefusal(
@@ -209,6 +211,8 @@ def fault(folder: Path, run_id: str) -> str | None:
         return "it belongs to another run"
     if step != int(folder.name):
         return f"it is of step {step}"
+    if missing := set(PARTS) - set(listed):
+        return f"its {MANIFEST} does not list {min(missing)}"
     for name, (size, digest) in listed.items():
         path = folder / name
         if not path.is_file():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from itune import __version__, errors, launching, memory, signals
+from itune import __version__, errors, launching, memory, signals, storage
 
 app = typer.Typer(
     name="itune",
@@ -274,6 +274,44 @@ def _told(
     sys.stderr.write(errors.masked("".join(traceback.format_exception(kind, error, trace))))
 
 
+def _run() -> None:
+    """What the command line says. Raises Stopped for whatever fails after a signal stopped it."""
+    try:
+        for each in sys.argv[1:]:
+            if each.startswith("-") and errors.masked(each) != each:  # typer would quote it
+                raise errors.OptionError(
+                    f"{errors.masked(each)}: a secret on the command line, where others see it. "
+                    "Set it in the environment, such as HF_TOKEN."
+                )
+        app()
+    except Exception as error:
+        if signals.LISTENER.raised:  # and a library took it for a fault of its own
+            raise signals.Stopped(signals.LISTENER.asked) from error
+        raise
+    finally:
+        sys.excepthook = _told  # typer has put its own there
+
+
+def _refused(error: Exception) -> str | None:
+    """What the machine refuses with an error that a library raised; None for a fault of ours."""
+    if memory.is_short(error):
+        return (
+            f"the memory does not hold this: {memory.told(error)}. Take a smaller model or shorter "
+            "texts, set quantization, or close other programs."
+        )
+    if said := storage.refusal(error):
+        return (
+            f"{said}. What was finished is kept, and checkpoints are whole: make room, or choose a "
+            "folder that can be written to, and run the same command again."
+        )
+    if launching.lost_peer(error):
+        return (
+            "another process of this run has ended, so this one stops too. Run the same command "
+            "again to go on."
+        )
+    return None
+
+
 def main() -> None:
     """Run the command line; an error that a user can meet is one message and an exit code."""
     launching.end_with_launcher()
@@ -281,10 +319,7 @@ def main() -> None:
     output = _place(sys.stdout)
     try:
         with signals.LISTENER.listening():
-            try:
-                app()
-            finally:
-                sys.excepthook = _told  # typer has put its own there
+            _run()
     except SystemExit as end:
         # click and rich put something else in the place of an output that nobody reads any more.
         if end.code == 1 and _place(sys.stdout) != output:
@@ -297,20 +332,11 @@ def main() -> None:
             "".join(f"error: {errors.inert(line)}\n" for line in str(error).splitlines())
         )
         sys.exit(error.exit_code)
-    except (RuntimeError, MemoryError) as error:
-        if memory.is_short(error):
-            launching.tell(
-                f"error: the memory does not hold this: {errors.inert(memory.told(error))}. Take a "
-                "smaller model or shorter texts, set quantization, or close other programs.\n"
-            )
-            sys.exit(errors.EnvironmentRefusal.exit_code)
-        if not launching.lost_peer(error):
+    except Exception as error:
+        if (refused := _refused(error)) is None:
             raise
-        launching.tell("error: another process of this run has ended, so this one stops too.\n")
+        launching.tell(f"error: {errors.inert(refused)}\n")
         sys.exit(errors.EnvironmentRefusal.exit_code)
     except signals.Stopped as stopped:
-        launching.tell(
-            f"error: stopped by {stopped}; what was finished is kept. Run the same "
-            "command again to go on.\n"
-        )
+        launching.tell(f"error: {signals.told(str(stopped))}\n")
         sys.exit(errors.Interrupted.exit_code)

@@ -151,7 +151,8 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
     finally:
         screen.end()
         if launching.is_main() and run.manifest["state"] != "finished":
-            run.update(state=state)
+            with contextlib.suppress(OSError):  # a disk that refuses this has refused more
+                run.update(state=state)
             if state != "failed":
                 _report(run, screen)
 
@@ -225,13 +226,30 @@ def _generate(common: Common, asked: prompting.Asked, fields: Mapping[str, Any])
         chatting.Chat(speaking.loaded(asked, fields, screen.say), screen, asked.system).run()
         return
     conversations = sharing.of_first(lambda: prompting.conversations(asked))
-    finished, marks = 0, [""] * len(conversations)
-    if asked.input is not None and (path := common.output) is not None:
-        from itune import speaking
+    path = None if asked.input is None else common.output
+    if path is None:
+        _missing(common, asked, fields, conversations, [""] * len(conversations), 0)
+        return
+    from itune import speaking
 
+    with contextlib.ExitStack() as held:
+        sharing.of_first(lambda: held.enter_context(prompting.alone(path)))
         prompts = [each.prompt for each in conversations]
         marks = sharing.of_first(lambda: speaking.marks(asked, fields, conversations))
         finished = sharing.of_first(lambda: prompting.answered(path, prompts, marks))
+        _missing(common, asked, fields, conversations, marks, finished)
+
+
+def _missing(
+    common: Common,
+    asked: prompting.Asked,
+    fields: Mapping[str, Any],
+    conversations: Sequence[prompting.Conversation],
+    marks: Sequence[str],
+    finished: int,
+) -> None:
+    """Answer all that is asked but the first `finished`, which are answered already."""
+    screen = common.screen()
     if finished:
         screen.say(f"{common.output}: {finished} of {len(conversations)} are answered already")
     waiting = conversations[finished:]

@@ -55,8 +55,9 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of a source. `rows`: a digest that changes when the rows do. `held`: control
-    strings that answers hold as text though they could be allowed, and in how many examples each.
+    """What became of a source. `rows`: a digest that changes when the rows do; `template`: one of
+    what is made of them. `held`: control strings that answers hold as text though they could be
+    allowed, and in how many examples each.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Report:
     rows: str = ""
     notes: tuple[str, ...] = ()
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,15 @@ def _report(part: preparing.Part) -> Report:
         rows=cache.fingerprint(part.rows.identity)[:32],
         notes=(*part.rows.notes, *_turned(known)),
         held=known["held"],
+        template=_template(part.reading.template),
     )
+
+
+def _template(template: templates.Template | None) -> str:
+    """The digest of all of a template that decides what a row becomes; "" where there is none."""
+    if template is None:
+        return ""
+    return cache.fingerprint(template.model_dump(mode="json", exclude={"metrics"}))[:32]
 
 
 def _turned(known: dict[str, Any]) -> Iterator[str]:

@@ -103,7 +103,7 @@ def otherwise(run: runs.Run, recipe: recipes.Recipe) -> str:
 
     The beginning of it in words, and a digest of all: other settings have another name.
     """
-    own = recipes.load(run.dir / "recipe.yaml", command="eval")
+    own = recipes.load(run.recipe_path(), command="eval")
     found = [
         (key, value)
         for key, _, value in recipes.diff(own, recipe)
@@ -182,5 +182,4 @@ def _judged(common: commands.Common, asked: Judged) -> tuple[recipes.Recipe, run
         recipe = recipes.load(common.recipe, overrides=common.sets, command="eval")
         return recipe, runs.find(recipe.output.dir)
     run = runs.find(asked.run) if asked.run is not None else runs.newest()
-    path = run.dir / "recipe.yaml"
-    return recipes.load(path, overrides=common.sets, command="eval"), run
+    return recipes.load(run.recipe_path(), overrides=common.sets, command="eval"), run

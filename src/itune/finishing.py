@@ -67,7 +67,7 @@ def base_of(
         staged = run.dir / ".base"
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        storage.DISK.rename(staged, folder)
+        storage.publish(staged, folder)
     return str(folder.absolute())
 
 
@@ -103,7 +103,7 @@ def finish(
     storage.write(staged / cards.NAME, cards.render(run, kind))
     if run.model_dir.is_dir():  # of a run that was killed before it said that it is finished
         storage.DISK.remove(run.model_dir)
-    storage.DISK.rename(staged, run.model_dir)
+    storage.publish(staged, run.model_dir)
     if (run.dir / START).is_dir():
         storage.DISK.remove(run.dir / START)
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -170,7 +170,7 @@ def merge(run: runs.Run, say: Say) -> None:
     storage.write(staged / cards.NAME, cards.render(run, cards.MERGED))
     if folder.is_dir():
         storage.DISK.remove(folder)
-    storage.DISK.rename(staged, folder)
+    storage.publish(staged, folder)
     say(f"merged: logits within {difference:.1e} of the adapter's; the model is in {folder}")
 
 

@@ -24,10 +24,8 @@ SUPERVISED = "ITUNE_SUPERVISED"
 TELLING = 10.0  # chosen: seconds in which a process that failed has told why and ended
 # What torch's launcher reads: a signal goes to every process, which may finish its step and write
 # a checkpoint before it is killed, in seconds. Its own 30 are too few for a large model.
-LAUNCHER = {
-    "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(each.name for each in signals.ASKING),
-    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1800",
-}
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800"
+SIGNALS = "PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"  # torch 2.13, and before
 
 
 def ensure(
@@ -50,8 +48,9 @@ def ensure(
     sys.stdout.flush()
     sys.stderr.flush()
     os.environ[SUPERVISED] = uuid.uuid4().hex
-    for name, value in LAUNCHER.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault(*SHUTDOWN)
+    for name in SIGNALS:
+        os.environ.setdefault(name, ",".join(each.name for each in signals.asking()))
     on_gpus = torch.cuda.is_available()
     start = (_on_gpus if on_gpus else _on_cpu)(processes, arguments)
     watch = None if folder is None else beats.Hang(folder, launch_id(), processes, hang_timeout)
@@ -131,7 +130,9 @@ def _waited_for(start: Callable[[], None], hang: beats.Hang | None) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The launcher would tell of each failure in a traceback of its own.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         start()
     except ChildFailedError as error:
@@ -142,6 +143,13 @@ def _waited_for(start: Callable[[], None], hang: beats.Hang | None) -> int:
         if failure.exitcode in errors.EXIT_CODES:
             _tell(failure.error_file_data, failure.message)
             return int(failure.exitcode)
+        if failure.exitcode == -signal.SIGKILL:
+            sys.stderr.write(
+                f"error: process {rank} of the run was killed, as by a system that is out of "
+                "memory; the others were stopped. What was finished is kept, and checkpoints are "
+                "whole: run the same command again to go on.\n"
+            )
+            return errors.EnvironmentRefusal.exit_code
         how = f"with signal {-failure.exitcode}" if failure.exitcode < 0 else "by a fault"
         sys.stderr.write(
             f"error: process {rank} of the run ended {how}; the others were stopped.\n"
@@ -149,6 +157,7 @@ def _waited_for(start: Callable[[], None], hang: beats.Hang | None) -> int:
         return errors.ItuneError.exit_code
     except SignalException as stopped:
         if stopped.sigval in signals.ASKING:
+            sys.stderr.write(f"error: {signals.told(stopped.sigval.name)}\n")
             return errors.Interrupted.exit_code
         return 128 + int(stopped.sigval)
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from itune import adapters, batches, data, encoding, families, formats, losses
+from itune import adapters, batches, data, encoding, families, formats, losses, signals
 
 BATCH_TOKENS = 16384  # chosen: keeps the cache of a batch small beside a small model's weights
 BATCH_LOGITS = 1 << 27  # chosen: 512 MB of float32
@@ -113,6 +113,7 @@ def chances(
     way = ways.get(encoder.family) or (_adapted if adapters.prepends(model) else None)
     why: str | None = None if way is None else ""
     while order:
+        signals.LISTENER.check()
         # A first guess at what fits, mended below by the choices' real lengths.
         size = max(1, BATCH_TOKENS // (len(choices) * (lengths[order[0]] + 8)))
         places, order = order[:size], order[size:]

@@ -45,17 +45,23 @@ def resolve(name: str, revision: str | None = None) -> str:
     return str(fetched)
 
 
+# What the libraries raise for files that are not what they take them for: peft and torch
+# RuntimeErrors for other shapes, transformers what follows from a value of another kind; and
+# tokenizers raises Exception itself.
+BROKEN = (
+    OSError, ValueError, ImportError, RuntimeError, KeyError, AttributeError, TypeError,
+)  # fmt: skip
+
+
 def from_library(name: str, call: Any) -> Any:
     """`call()`, with what the library raises for a missing or broken model put in our words."""
     try:
         return call()
     except Exception as error:
-        # tokenizers raises Exception itself, peft and torch RuntimeErrors for other shapes.
-        if not isinstance(error, OSError | ValueError | ImportError | RuntimeError | KeyError) and (
-            type(error) is not Exception
-        ):
+        if not isinstance(error, BROKEN) and type(error) is not Exception:
             raise
-        text = " ".join(str(error).split())
+        unknown = f"it asks for {error}, which is unknown"
+        text = unknown if isinstance(error, KeyError) else " ".join(str(error).split())
         if "offline" in text.lower() or "connect" in text.lower():
             raise errors.EnvironmentRefusal(
                 f"{name}: no such folder here, and the hub cannot be reached. Name a local folder "

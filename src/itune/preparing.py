@@ -26,6 +26,7 @@ from itune import (
     fitting,
     formats,
     recipes,
+    signals,
     sources,
     spreading,
     templates,
@@ -199,6 +200,7 @@ class Job:
         made = spreading.in_order(self._made, self._pieces(), self._workers())
         with collecting.Writer(folder) as out, contextlib.closing(made):
             for batch in made:
+                signals.LISTENER.check()
                 out.add(batch)
                 read = out.whole.tally.tokens
                 if self.budget and read >= self.budget * self.reading.wordings:

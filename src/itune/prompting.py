@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from itune import errors, files, storage, templates
+from itune import errors, files, templates
 
 if TYPE_CHECKING:
     from itune import formats
@@ -132,8 +133,32 @@ def answered(path: Path, prompts: Sequence[str], marks: Sequence[str]) -> int:
             f"--output {path}: holds something else than answers. Name another file."
         )
     if torn:
-        storage.write(path, b"".join(line + b"\n" for line in whole).decode())
+        os.truncate(path, path.stat().st_size - len(torn))  # in place: it may be held, see `alone`
     return len(whole)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold a file of answers alone. Raises EnvironmentRefusal while another process does."""
+    import fcntl
+
+    made = not path.exists()
+    with path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise errors.EnvironmentRefusal(
+                f"--output {path}: another process writes its answers there. Wait for it, or name "
+                "another file."
+            ) from error
+        except OSError:  # where locks are unknown, nobody can be kept out
+            yield
+            return
+        try:
+            yield
+        finally:
+            if made and path.is_file() and path.stat().st_size == 0:
+                path.unlink()
 
 
 @contextlib.contextmanager

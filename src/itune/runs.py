@@ -73,14 +73,20 @@ class Run:
 
     @property
     def recipe(self) -> recipes.Recipe:
-        """The resolved recipe that the run was made by. Raises RunError when it is not there."""
+        """The resolved recipe that the run was made by. Raises RunError as `recipe_path` does."""
+        return recipes.loads((path := self.recipe_path()).read_text(encoding="utf-8"), str(path))
+
+    def recipe_path(self) -> Path:
+        """Where the run's recipe stands. Raises RunError when it is gone, torn or edited."""
         path = self.dir / "recipe.yaml"
-        if not path.is_file():
-            raise errors.RunError(
-                f"{path}: is missing from this run. Put it back from a copy, or move the run aside "
-                "with --fresh."
-            )
-        return recipes.loads(path.read_text(encoding="utf-8"), str(path))
+        fault = "is missing from this run"
+        if path.is_file():
+            if storage.intact(path.read_bytes()) or not self.manifest.get("sealed"):
+                return path
+            fault = "is damaged or was edited, the sha256 on its last line is not that of the rest"
+        raise errors.RunError(
+            f"{path}: {fault}. Put it back from a copy, or move the run aside with --fresh."
+        )
 
     @property
     def model_dir(self) -> Path:
@@ -197,7 +203,7 @@ def opened(
             _refuse_another(run, recipe, command, allowed)
             state = "finished" if run.manifest["state"] == "finished" else state
         if state == "unfinished":
-            storage.write(run.dir / "recipe.yaml", recipes.dump(recipe))
+            _write_recipe(run, recipe)
         if state != "finished":
             run.update(launch=launch)
         yield run, state
@@ -274,8 +280,12 @@ def _make(run: Run) -> None:
         ) from error
 
 
+def _write_recipe(run: Run, recipe: recipes.Recipe) -> None:
+    storage.write(run.dir / "recipe.yaml", storage.sealed(recipes.dump(recipe)))
+
+
 def _create(run: Run, recipe: recipes.Recipe, command: str) -> None:
-    storage.write(run.dir / "recipe.yaml", recipes.dump(recipe))
+    _write_recipe(run, recipe)
     storage.write(
         run.dir / "run.json",
         to_json(
@@ -289,6 +299,7 @@ def _create(run: Run, recipe: recipes.Recipe, command: str) -> None:
                 "python": platform.python_version(),
                 "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
                 "recipe_digest": recipes.digest(recipe),
+                "sealed": True,  # recipe.yaml tells whether it is whole; early runs have none such
                 "seed": recipe.training.seed,
             },
             indent=2,

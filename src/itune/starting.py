@@ -5,7 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from itune import (
     recipes,
     runs,
     samples,
+    storage,
     vocabularies,
 )
 
@@ -63,7 +64,7 @@ def prepared(
     """The encoder, the training data and the held-out data of a run."""
     command = str(run.manifest["command"])
     encoder, corpus, heldout = read(recipe, tokenizer(recipe, run, command), command, run.dir)
-    _refuse_other_rows(run, corpus)
+    _refuse_other_rows(run, corpus, heldout)
     contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
 
@@ -85,18 +86,44 @@ def read(
     return encoder, corpus, heldout
 
 
-def _refuse_other_rows(run: runs.Run, corpus: data.Corpus) -> None:
-    """Refuse to go on with rows that changed since the run began: no plan of steps would hold."""
+def _refuse_other_rows(run: runs.Run, corpus: data.Corpus, heldout: data.Corpus | None) -> None:
+    """Refuse to go on with rows or templates that changed since the run began.
+
+    No plan of steps would hold, nor could held-out losses be compared.
+    """
     if run.untried:
         return
-    before = run.manifest.get("data", {}).get("train", {}).get("sources", [])
-    for old, new in zip(before, corpus.reports, strict=False):
-        if old["rows"] != new.rows:
-            raise errors.DataError(
-                f"{new.path}: its rows have changed since this run began ({old['rows'][:12]} then, "
-                f"{new.rows[:12]} now; {old['counts']['read']:,} rows then, {new.counts.read:,} "
-                "now). Put them back, or start anew with --fresh."
-            )
+    before = run.manifest.get("data", {})
+    for old, new in zip(before.get("train", {}).get("sources", []), corpus.reports, strict=False):
+        _refuse_another(old, new)
+    if heldout is not None:
+        asked = [each["asked"] for each in watched(heldout)]
+        for old, new, now in zip(before.get("heldout", []), heldout.reports, asked, strict=False):
+            if old["asked"] == now:  # else the recipe asks for others, as allowed
+                _refuse_another(old, new)
+
+
+def _refuse_another(old: Mapping[str, Any], new: data.Report) -> None:
+    if old["rows"] != new.rows:
+        raise errors.DataError(
+            f"{new.path}: its rows have changed since this run began ({old['rows'][:12]} then, "
+            f"{new.rows[:12]} now; {old['counts']['read']:,} rows then, {new.counts.read:,} "
+            "now). Put them back, or start anew with --fresh."
+        )
+    if old.get("template", new.template) != new.template:
+        raise errors.TemplateError(
+            f"{new.path}: its {new.read_as} has changed since this run began "
+            f"({old['template'][:12]} then, {new.template[:12]} now). Put it back, or start anew "
+            "with --fresh."
+        )
+
+
+def watched(heldout: data.Corpus) -> list[dict[str, Any]]:
+    """For run.json: each source of held-out rows, as it was asked for and what became of it."""
+    return [
+        {"asked": source.model_dump(mode="json"), **asdict(report)}
+        for source, report in zip(heldout.sources, heldout.reports, strict=True)
+    ]
 
 
 def base_files(recipe: recipes.Recipe, run: runs.Run) -> dict[str, Any] | None:
@@ -128,7 +155,7 @@ def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)
-        beside.replace(kept)
+        storage.publish(beside, kept)
     return made
 
 

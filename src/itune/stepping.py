@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from itune import picking, slots
+from itune import picking, signals, slots
 
 BATCH_ROWS = 64
 # chosen: the cache may take so much, and on a GPU this share of what is free.
@@ -91,6 +91,7 @@ class Stepper:
             self.slots.keep(len(prefix))
             self.prefix = len(prefix)
         while self.waiting or self.active:
+            signals.LISTENER.check()
             self._admit()
             self._step()
 

@@ -6,11 +6,29 @@ of them fail.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+
+# What a disk refuses with: full, over a quota, a file too large, read-only, broken.
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def refusal(error: BaseException) -> str | None:
+    """What a disk says that refuses to be written to, and of which file; None for other errors.
+
+    Libraries that are not Python's have their own errors, with the system's number in the text.
+    """
+    said = re.search(r"\((?:os error|errno) (\d+)\)|\[[Ee]rrno (\d+)\]", str(error))
+    number = getattr(error, "errno", None) or (said and int(said[1] or said[2]))
+    if number not in REFUSALS:
+        return None
+    place = getattr(error, "filename", None)
+    return f"{place}: {os.strerror(number)}" if place else os.strerror(number)
 
 
 class Disk:
@@ -47,6 +65,15 @@ class Disk:
 DISK = Disk()
 
 
+def publish(staged: Path, folder: Path) -> None:
+    """Give a folder its final name, once all that is in it is on the disk."""
+    for path in staged.rglob("*"):
+        DISK.sync(path)
+    DISK.sync(staged)
+    DISK.rename(staged, folder)
+    DISK.sync(folder.parent)
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside it first, on the disk, then renamed."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -63,6 +90,22 @@ def write(path: Path, text: str) -> None:
 def _put(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
+
+
+# The last line of a text that tells whether it is whole; to YAML a comment.
+SEAL = b"# sha256 of the lines above: "
+
+
+def sealed(text: str) -> str:
+    """A text of whole lines, and a last one with its sha256."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{text}{SEAL.decode()}{digest}\n"
+
+
+def intact(content: bytes) -> bool:
+    """Whether a file's content is what `sealed` gave: neither torn nor edited."""
+    text, _, digest = content.rpartition(SEAL)
+    return digest == hashlib.sha256(text).hexdigest().encode() + b"\n"
 
 
 def sha256(path: Path) -> str:

@@ -21,10 +21,12 @@ from itune import (
     batches,
     beats,
     checkpoints,
+    diverging,
     errors,
     feeding,
     gradients,
     jobs,
+    launching,
     losses,
     memory,
     optimizers,
@@ -38,9 +40,6 @@ from itune import (
     timing,
     watching,
 )
-
-MAX_BAD_STEPS = 3
-
 
 # --- the loop -----------------------------------------------------------------------------
 
@@ -115,9 +114,9 @@ class _Loop:
 
     def resume(self) -> None:
         """Restore the newest whole checkpoint: weights, optimiser, schedule, RNG, counts."""
-        path, warnings = checkpoints.latest(self.run.checkpoints, self.run_id)
-        for warning in warnings:
-            self.watcher.say(warning)
+        path, broken = checkpoints.latest(self.run.checkpoints, self.run_id)
+        for why in broken:
+            launching.warn(why)
         if path is not None:
             state = checkpoints.load(path)
             own = dict(self._trainable())
@@ -344,22 +343,16 @@ class _Loop:
             self.optimizer.step()
             self.at.bad_steps = 0
         else:
-            self._bad(loss, norm)
+            self._bad(loss, norm, step)
         return loss, norm
 
-    def _bad(self, loss: float, norm: float) -> None:
+    def _bad(self, loss: float, norm: float, step: plans.Step) -> None:
         self.at.bad_steps += 1
-        if self.at.bad_steps < MAX_BAD_STEPS:
-            self.watcher.say(
-                f"step {self.at.step + 1}: loss {loss}, gradient norm {norm}: not finite, so the "
-                "step is not applied."
-            )
-            return
-        raise errors.Diverged(
-            f"{self.run.dir}: the loss is not finite for {MAX_BAD_STEPS} steps running, the last "
-            f"of them {self.at.step + 1} (loss {loss}, gradient norm {norm}). Lower "
-            f"training.learning_rate ({self.settings.learning_rate}) and start with --fresh."
-        )
+        number, found = self.at.step + 1, f"loss {loss}, gradient norm {norm}"
+        if self.at.bad_steps >= diverging.MAX_BAD_STEPS:
+            rate = self.settings.learning_rate
+            raise diverging.error(self.job, self.run, step, number, found, rate)
+        launching.warn(f"step {number}: {found}: not finite, so the step is not applied.")
 
     def _report(self, record: dict[str, Any]) -> None:
         if self.row_losses is not None:

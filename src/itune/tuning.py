@@ -102,7 +102,10 @@ def _tuned(
             trainable=trainable,
             packed=not path.padded,
             path={"layout": path.layout, "head": path.head, "why": path.why},
-            data={"train": starting.for_the_record(recipe, corpus)},
+            data={
+                "train": starting.for_the_record(recipe, corpus),
+                "heldout": [] if heldout is None else starting.watched(heldout),
+            },
             steps=len(plan),
             planned=forecasting.kept(recipe, accelerator.num_processes),
         )

@@ -3,11 +3,11 @@
     python tests/faults/kills.py --kills 200 [--seed 7] [--recipe NAME ...] [--naive]
 
 Each run is a process of its own, forked once the libraries are imported, so that a kill costs less
-than a second. A checkpoint is written after every step, so that many kills land inside a save; a
-round in which fewer than a quarter do is no evidence, and says so. Prints a line a recipe; exit
-code 1 when a resumed run differed in its log or its weights, or needed a human. `--naive` shows
-that the kills find what they are for: checkpoints are then saved as many programs save them, and
-the code must be 1.
+than a second. A checkpoint is written after every step, and kills are aimed at saves whenever too
+few have landed inside one. Prints a line a recipe; exit code 1 when a resumed run differed in its
+log or its weights, or needed a human; 3 when fewer than a quarter of the kills landed inside a
+save, which is no evidence. `--naive` shows that the kills find what they are for: checkpoints are
+then saved as many programs save them, and the code must be 1.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any
 
 FEWER = ["-s", "training.max_steps=10"]
+LEAST = 0.25  # of the kills inside a save, or they are no evidence
+AIM = 0.4  # while fewer are, kills wait for the next save
+NO_EVIDENCE = 3
 LAST = "state.json"  # of a checkpoint's files but the manifest
 LORA = "adapter={peft_type: lora, r: 4, target_modules: all-linear, lora_dropout: 0.1}"
 MIXTURE = (
@@ -42,6 +45,10 @@ RECIPES = {
     "padded": ("tune", ["-s", "training.packing=false"]),
     "mixture": ("tune", ["-s", MIXTURE]),
     "pretrain": ("pretrain", ["-s", "data.train=[{path: text.jsonl}]"]),
+    "stream": (
+        "pretrain",
+        ["-s", "data.train=[{path: text.jsonl, streaming: true, limit: 30}]"],
+    ),
 }
 TUNE = """
 model: {name: model}
@@ -97,11 +104,20 @@ def save_naively() -> None:
     checkpoints.fault = lambda folder, run_id: None
 
 
-def saving(run: Path) -> bool:
-    """Whether a checkpoint is begun and not whole: staged, or a naive one without its last file."""
-    folder = run / "checkpoints"
-    naive = (not (path / LAST).exists() for path in folder.glob("[0-9]*"))
-    return bool(list(folder.glob(".staged*"))) or any(naive)
+def begun(run: Path) -> dict[Path, int]:
+    """Checkpoints begun and not whole, staged or naive ones without their last file, each with
+    when it was last changed: what an earlier kill left is not what this process is writing."""
+    folder, found = run / "checkpoints", {}
+    naive = (path for path in folder.glob("[0-9]*") if not (path / LAST).exists())
+    for path in (*folder.glob(".staged*"), *naive):
+        with contextlib.suppress(FileNotFoundError):  # published or removed just now
+            found[path] = path.stat().st_mtime_ns
+    return found
+
+
+def saving(run: Path, left: dict[Path, int]) -> bool:
+    """Whether a checkpoint is being written; `left`: what was begun before the process was."""
+    return any(left.get(path) != changed for path, changed in begun(run).items())
 
 
 def start(arguments: list[str]) -> int:
@@ -114,6 +130,7 @@ def start(arguments: list[str]) -> int:
     errors = os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream, target in ((0, quiet), (1, quiet), (2, errors)):
         os.dup2(target, stream)
+    sys.stderr = os.fdopen(2, "w", closefd=False)  # whatever it was, as under a test
     from itune.cli import main
 
     sys.argv = ["itune", *arguments]
@@ -152,6 +169,18 @@ class Round:
     differing: int = 0
     stuck: int = 0
 
+    @property
+    def share(self) -> float:
+        """Of the kills, those that landed inside a save."""
+        return self.in_a_save / max(1, self.kills)
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        if self.differing or self.stuck:
+            return 1
+        return NO_EVIDENCE if self.share < LEAST else 0
+
 
 def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: float) -> Round:
     """Runs killed and resumed until `kills` have been dealt, each then compared."""
@@ -162,25 +191,24 @@ def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: flo
         run = Path(f"killed-{done.runs}")
         line = [command, "-r", "run.yaml", *options, *FEWER, "-o", str(run), "-q"]
         while True:
-            fresh, begun = not run.exists(), time.monotonic()
+            fresh, left, since = not run.exists(), begun(run), time.monotonic()
             child = start(line)
-            # Later than it takes to begin, or nothing would ever be saved.
-            deadline = begun + draw.uniform(0.2, 0.9) * straight_s
-            aimed, ended = draw.random() < 0.4, 0
-            while not ended and (done.kills >= kills or not _due(run, deadline, aimed)):
+            deadline = since + draw.uniform(0.05, 0.9) * straight_s
+            aimed, ended = done.in_a_save <= AIM * done.kills, 0
+            while not ended and (
+                done.kills >= kills or not _due(child, run, left, deadline, aimed)
+            ):
                 ended, status = os.waitpid(child, os.WNOHANG)
                 time.sleep(0.0005)
-            if aimed:
-                time.sleep(draw.uniform(0, 0.004))
             if ended:
                 if fresh:  # faster than the first, whose rows no cache had
-                    straight_s = min(straight_s, time.monotonic() - begun)
+                    straight_s = min(straight_s, time.monotonic() - since)
                 code = os.waitstatus_to_exitcode(status)
                 break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done.kills += 1
-            done.in_a_save += saving(run)
+            done.in_a_save += saving(run, left)
         done.runs += 1
         done.stuck += code != 0
         done.differing += code == 0 and outcome(run) != wanted
@@ -189,10 +217,25 @@ def kill_at_random(recipe: str, kills: int, draw: random.Random, straight_s: flo
     return done
 
 
-def _due(run: Path, deadline: float, aimed: bool) -> bool:
-    """Whether the moment to kill has come; an aimed kill waits for the next save."""
-    late = time.monotonic() >= deadline
-    return late and (not aimed or saving(run))
+def _due(child: int, run: Path, left: dict[Path, int], deadline: float, aimed: bool) -> bool:
+    """Whether the moment to kill has come; an aimed kill waits until a save is surely under way."""
+    if time.monotonic() < deadline or not aimed:
+        return time.monotonic() >= deadline
+    if not saving(run, left):
+        return False
+    time.sleep(random.uniform(0, 0.004))  # anywhere in the save
+    os.kill(child, signal.SIGSTOP)  # or the save would be over when the kill arrives
+    while _state(child) not in "TtZX":
+        time.sleep(0.0002)
+    if saving(run, left):
+        return True
+    os.kill(child, signal.SIGCONT)
+    return False
+
+
+def _state(child: int) -> str:
+    """The letter that the system has for what a process does; it may have several threads."""
+    return Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0]
 
 
 @contextlib.contextmanager
@@ -211,13 +254,13 @@ def deal(recipe: str, kills: int, draw: random.Random, model: Path) -> Round:
     with tempfile.TemporaryDirectory(prefix=f"itune-kills-{recipe}-") as temporary:
         prepare(Path(temporary), model)
         with inside(Path(temporary)):
-            begun = time.monotonic()
+            since = time.monotonic()
             command, options = RECIPES[recipe]
             child = start([command, "-r", "run.yaml", *options, *FEWER, "-o", "straight", "-q"])
             _, status = os.waitpid(child, 0)
             if status:
                 sys.exit(Path("stderr.txt").read_text())
-            done = kill_at_random(recipe, kills, draw, time.monotonic() - begun)
+            done = kill_at_random(recipe, kills, draw, time.monotonic() - since)
             said = Path("stderr.txt").read_text() if done.stuck else ""
     print(
         f"{recipe}: {done.kills} kills, {done.in_a_save} inside a save, {done.runs} runs, "
@@ -262,11 +305,14 @@ def main() -> int:
             done = deal(recipe, share, draw, model)
             for field in vars(total):
                 setattr(total, field, getattr(total, field) + getattr(done, field))
-    share_in = total.in_a_save / max(1, total.kills)
-    print(f"all: {total.kills} kills, {share_in:.0%} inside a save, {total.runs} runs", flush=True)
-    if share_in < 0.25:
+    print(
+        f"all: {total.kills} kills, {total.share:.0%} inside a save, {total.runs} runs, "
+        f"{total.differing} differing, {total.stuck} stuck",
+        flush=True,
+    )
+    if total.code == NO_EVIDENCE:
         print("fewer than a quarter of the kills landed inside a save: this is no evidence")
-    return int(bool(total.differing or total.stuck))
+    return total.code
 
 
 if __name__ == "__main__":

@@ -95,6 +95,38 @@ def test_a_signal_outside_of_training_stops_at_once(
     assert cli(*arguments).code == 0
 
 
+@pytest.mark.parametrize("fails", [True, False], ids=["fails", "goes-on"])
+@pytest.mark.parametrize("command", ["eval", "generate"])
+def test_a_signal_that_a_library_takes_for_its_own_fault_stops_all_the_same(
+    command: str,
+    fails: bool,
+    ready: Path,
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As transformers does with one that comes while it imports a model's code."""
+    from itune import decoding, errors
+
+    assert cli(*LINE, "-s", "training.max_steps=1").code == 0
+    real = decoding.generate
+
+    def swallows(*arguments: Any, **options: Any) -> Any:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException as error:
+            if fails:
+                raise errors.ModelError("could not import it") from error
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(decoding, "generate", swallows)
+        question = ["Where is cat 3?"] if command == "generate" else []
+        ended = cli(command, "--run", "runs/run", *question)
+    assert ended.code == 75, ended.err
+    assert "stopped" in ended.err
+    assert "could not import" not in ended.err
+
+
 def started(folder: Path, *options: str) -> subprocess.Popen[str]:
     """A long run in processes of its own, once it has taken its first step."""
     line = [sys.executable, "-m", "itune", *LINE, "-s", "training.max_steps=100000", *options]
@@ -119,6 +151,65 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
 
 
+def test_a_hangup_that_whoever_started_the_process_ignores_is_ignored() -> None:
+    """As under nohup; any other signal asks to stop."""
+    from itune import signals
+
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with signals.LISTENER.listening():
+            signal.raise_signal(signal.SIGHUP)
+            others = set(signals.ASKING) - {signal.SIGHUP}
+            if signals.LISTENER.asked is None and set(signals.asking()) == others:
+                os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+LEAVING = """
+import atexit, os, signal
+from itune import __main__
+from itune.cli import main
+def late():
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        signal.raise_signal(getattr(signal, name))
+atexit.register(late)
+__main__.run()
+"""
+
+
+def test_a_signal_after_the_work_is_done_does_not_take_the_exit_code(tmp_path: Path) -> None:
+    for arguments, code in ((["--version"], 0), (["tune", "-r", "no-such-recipe"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVING, *arguments], cwd=tmp_path, capture_output=True,
+            text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+SOON = """
+import signal, sys
+class Late:
+    def find_spec(self, name, path, target=None):
+        if name == "itune.cli":
+            signal.raise_signal(signal.SIGTERM)
+sys.meta_path.insert(0, Late())
+from itune import __main__
+"""
+
+
+def test_a_signal_before_the_command_has_begun_ends_it_in_order(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SOON], cwd=tmp_path, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGTERM" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_no_process_outlives_the_one_that_started_it(ready: Path) -> None:
     process = started(ready, "--processes", "2")
@@ -135,11 +226,14 @@ def test_no_process_outlives_the_one_that_started_it(ready: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_a_signal_to_the_launcher_ends_all_processes_in_order(ready: Path, name: str) -> None:
-    process = started(ready, "--processes", "2")
+    process = started(ready, "--processes", "2", "-s", "training.save_steps=100000")
     process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75, said
+    assert f"error: stopped by {name}" in said
+    assert "same command" in said
     assert "Traceback" not in said
+    assert "death signal" not in said
     last = json.loads((ready / "runs/run/log.jsonl").read_text().splitlines()[-1])["step"]
     assert (ready / f"runs/run/checkpoints/{last:06}").is_dir()
 
@@ -153,8 +247,9 @@ def test_a_process_that_dies_ends_the_others_within_ten_seconds(ready: Path) -> 
     os.kill(victim.pid, signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert time.monotonic() - begun < 10
-    assert process.returncode in (1, 3), said
-    assert "process 1" in said or "another process" in said
+    assert process.returncode == 3, said
+    assert "process 1 of the run was killed" in said or "another process" in said
+    assert "same command" in said or "another process" in said
     assert "Traceback" not in said
     assert json.loads((ready / "runs/run/run.json").read_text())["state"] != "running"
 

@@ -196,3 +196,17 @@ def test_a_spoilt_file_is_named_and_the_older_checkpoint_taken(
     checkpoints.save(tmp_path, state(2), run_id=RUN, keep=2)
     assert checkpoints.latest(tmp_path, RUN) == (tmp_path / "000002", [])
     assert list(tmp_path.glob(".broken-000002-*"))
+
+
+@pytest.mark.parametrize("part", PARTS[:-1])
+def test_a_manifest_that_lists_too_little_vouches_for_nothing(tmp_path: Path, part: str) -> None:
+    for step in (1, 2):
+        checkpoints.save(tmp_path, state(step), run_id=RUN, keep=2)
+    manifest = tmp_path / "000002" / "manifest.json"
+    said = json.loads(manifest.read_text())
+    del said["files"][part]
+    manifest.write_text(json.dumps(said))
+    (tmp_path / "000002" / part).unlink()
+    found, warnings = checkpoints.latest(tmp_path, RUN)
+    assert found == tmp_path / "000001"
+    assert f"manifest.json does not list {part}" in warnings[0]

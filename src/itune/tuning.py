@@ -93,6 +93,7 @@ def _tuned(
         corpus,
         world=accelerator.num_processes,
         padded=path.padded,
+        alone=path.layout == probing.ALONE,
         changing=objective is not None and any(corpus.plain),
     )
     pad_id = encoder.tokenizer.pad_token_id

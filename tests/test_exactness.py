@@ -220,6 +220,33 @@ def test_a_window_narrower_than_the_rows() -> None:
         assert_alike(ours(model, made, split, probing.ROWS, losses.TARGETS), wanted, 2e-6)
 
 
+@pytest.mark.parametrize("layout", [probing.ROWS, probing.MASK, probing.PADDING])
+@pytest.mark.parametrize("head", [losses.TARGETS, losses.KEPT, losses.FULL])
+def test_experts_are_balanced_where_the_config_asks_for_it(layout: str, head: str) -> None:
+    torch.manual_seed(2)
+    config = transformers.MixtralConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    model, made = transformers.MixtralForCausalLM(config), corpus()
+    wanted = reference(model, made)
+    if layout == probing.ROWS:
+        assert probing.choose(model, max(LENGTHS)).layout == layout
+    batch = probing.Path(layout, head, "").collate(0)(made, np.arange(len(made)))
+    loss = losses.summed(model, batch, head=head, balance=True) / int(made.targets.sum())
+    loss.backward()
+    assert_alike((loss.item(), taken(model)), wanted, 2e-6)
+    plain = losses.summed(model, batch, head=head) / int(made.targets.sum())
+    assert plain.item() < wanted[0] - 0.1, "a measured loss is of the tokens alone"
+
+
 def test_a_batch_without_targets_gives_zero_and_every_gradient() -> None:
     made = data.from_tokens([encoding.Tokens([5, 6, 7], [False] * 3)])
     for head in (losses.TARGETS, losses.KEPT, losses.FULL):

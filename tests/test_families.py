@@ -329,6 +329,26 @@ def test_the_step_of_a_t5_is_the_full_batch_whatever_the_accumulation(
                 assert float((parameter.grad - wanted[name]).abs().max()) < 2e-6 * size + 1e-7
 
 
+@pytest.mark.parametrize("kind", ["m2m_100", "blenderbot", "bart"])
+def test_a_decoder_reads_what_the_library_lets_it_read(kind: str) -> None:
+    """M2M100 (NLLB) and Blenderbot shift their labels within their forward alone."""
+    sizes = {**CONFIGS["bart"][1], "vocab_size": 320, "pad_token_id": 2}
+    config = transformers.AutoConfig.for_model(
+        kind, **sizes, bos_token_id=0, eos_token_id=1, decoder_start_token_id=1
+    )
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    encoder, corpus = answers("seq2seq")
+    batch = collated(encoder, corpus, model)
+    theirs = model(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.targets).loss
+    ours = losses.summed(model, batch, head=losses.FULL) / int(corpus.targets.sum())
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=2e-6)
+    if kind == "m2m_100":
+        config.decoder_start_token_id = None
+        with pytest.raises(errors.ModelError, match="decoder_start_token_id"):
+            collated(encoder, corpus, model)
+
+
 def test_the_loss_of_masks_is_plain_transformers() -> None:
     model = tiny_model("masked").eval()
     encoder, corpus = answers("masked")

@@ -55,6 +55,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "llama4_text": {},
+    "roberta": {**USUAL, "max_position_embeddings": 64},
 }
 
 
@@ -145,6 +147,38 @@ def test_attention_that_leaks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert probing.choose(model, 20).layout == probing.ROWS
 
 
+def test_a_border_within_the_rows_of_the_run_is_crossed_by_the_probe() -> None:
+    """Chunks, as windows do, change nothing before a row is longer than they are."""
+    sizes = {**USUAL, "intermediate_size_mlp": 48, "num_local_experts": 2}
+    model = made("llama4_text", attention_chunk_size=20, **sizes)
+    path = probing.choose(model, 64)
+    assert path.layout == probing.MASK
+    assert "per-row attention: off by" in path.why
+    assert probing.choose(model, 20).layout == probing.ROWS
+
+
+def test_a_mask_that_a_model_makes_itself_is_not_passed_over() -> None:
+    attention.register()
+    states = torch.ones(1, 2, 3, 4)
+    segments = batches.Segments((3,), *3 * [torch.arange(3)])
+    with pytest.raises(ValueError, match="own mask"):
+        attention._packed(torch.nn.Module(), states, states, states, states, segments=segments)
+
+
+def test_a_model_that_even_padding_changes_gets_one_row_at_a_time() -> None:
+    """RoBERTa as a decoder counts its positions from beyond the padding's id."""
+    model = made("roberta", pad_token_id=1, bos_token_id=0, is_decoder=True).eval()
+    path = probing.choose(model, 60)
+    assert (path.layout, path.head) == (probing.ALONE, losses.TARGETS)
+    assert path.why.startswith("batches: one row at a time, fused loss at the targets (")
+    rows = data.from_tokens([encoding.Tokens([5, 6, 7, 8, 9, 4], [True] * 6)])
+    wanted = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 4]])).logits[0, :-1]
+    loss = torch.nn.functional.cross_entropy(wanted, torch.tensor([6, 7, 8, 9, 4]), reduction="sum")
+    batch = path.collate(1)(rows, np.arange(1))
+    found = losses.summed(model, batch, head=path.head)
+    assert float(found.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -194,8 +228,11 @@ def test_float32_is_held_to_float32_whatever_wraps_the_call(
     def plain() -> Any:
         yield
 
+    path = probing.choose(made("llama"), 64, autocast=plain, packing=False)
+    assert path.layout == probing.ALONE
+    assert "padding: off by" in path.why
     path = probing.choose(made("llama"), 64, autocast=plain)
-    assert "padding itself: off by" in path.why
+    assert path.why == "batches: per-row attention, fused loss at the targets"
 
     @contextlib.contextmanager
     def mixed() -> Any:
@@ -234,6 +271,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "modernbert": {**ENCODER, "local_attention": 8},  # a window to both sides
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
     "deberta-v2": {**ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c"},
+    "fnet": ENCODER,  # mixes all places of a row, padding too
 }
 
 
@@ -269,6 +307,7 @@ def encoder(kind: str) -> tuple[Any, batches.Collate, batches.Collate]:
         ("modernbert", probing.ROWS),
         ("distilbert", probing.ROWS),
         ("deberta-v2", probing.PADDING),  # relative positions inside attention
+        ("fnet", probing.ALONE),
     ],
 )
 def test_encoders_are_packed_where_that_is_exact(kind: str, layout: str) -> None:
@@ -277,7 +316,7 @@ def test_encoders_are_packed_where_that_is_exact(kind: str, layout: str) -> None
     assert path.layout == layout, path.why
     model, padding, packed = encoder(kind)
     off = probing.choose(model, 60, packing=False, padding=padding, packed=packed)
-    assert off.layout == probing.PADDING
+    assert off.layout == (layout if layout == probing.ALONE else probing.PADDING)
     assert "training.packing is off" in off.why
 
 

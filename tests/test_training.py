@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from itune import checkpoints, errors, losses, rowlosses, storage
@@ -224,6 +226,35 @@ def test_the_run_says_how_it_computes(tmp_path: Path, tiny_model_dir: Path, cli:
     )
     assert ended.code == 0
     assert "batches: per-row attention, fused loss at the targets" in ended.err
+
+
+def test_a_model_that_padding_changes_trains_one_row_at_a_time(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.AutoConfig.for_model(
+        "roberta", **sizes, num_attention_heads=4, vocab_size=320, pad_token_id=2, is_decoder=True
+    )
+    folder = tmp_path / "roberta"
+    shutil.copytree(tiny_model_dir, folder)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    folder_with(tmp_path, folder)
+    real, rows = losses.summed, []
+
+    def seen(model: Any, batch: Any, **given: Any) -> Any:
+        if model.training:
+            rows.append(len(batch.lengths))
+        return real(model, batch, **given)
+
+    monkeypatch.setattr(losses, "summed", seen)
+    short = ("--set", "training.max_steps=2", "--set", "model.family=causal")
+    ended = cli("tune", "-r", "tune.yaml", *short)
+    assert ended.code == 0, ended.err
+    assert "batches: one row at a time, fused loss at the targets (" in ended.err
+    assert len(rows) > 10
+    assert set(rows) == {1}
+    kept = json.loads((tmp_path / "runs/tune/run.json").read_text())
+    assert (kept["path"]["layout"], kept["packed"]) == ("alone", False)
 
 
 def test_a_finished_run_does_nothing_and_another_recipe_is_refused(

@@ -44,6 +44,8 @@ def _packed(
     """
     if segments is None:
         raise ValueError("packed attention was called without segments")
+    if attention_mask is not None:  # ours is none: the model made one of its own
+        raise ValueError("packed attention cannot apply the model's own mask")
     refused = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if refused:
         raise ValueError(f"packed attention cannot apply {refused[0]}")

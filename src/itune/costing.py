@@ -98,6 +98,7 @@ class _Made:
             self.corpus,
             world=self.processes,
             padded=path.padded,
+            alone=path.layout == probing.ALONE,
             changing=changing,
         )
 

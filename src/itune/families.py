@@ -21,6 +21,27 @@ def encoder(family: str, tokenizer: Any) -> encoding.Encoder:
     return ENCODERS[family](tokenizer)
 
 
+def decoder_inputs(model: Any, labels: Any) -> Any:
+    """What the decoder of an encoder-decoder reads so as to write labels, of the same shape.
+
+    labels int64 [examples, longest], -100 beyond an answer's end. Raises ModelError where the
+    model's config does not say what the decoder begins with.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(inner, "prepare_decoder_input_ids_from_labels"):
+        return inner.prepare_decoder_input_ids_from_labels(labels=labels)
+    # M2M100, NLLB and Blenderbot have BART's rule inside their forward alone.
+    start, pad = inner.config.decoder_start_token_id, inner.config.pad_token_id
+    if start is None or pad is None:
+        raise errors.ModelError(
+            f"{type(inner).__name__}: its config names no decoder_start_token_id or pad_token_id, "
+            "so what its decoder reads first is unknown. Set both in the model's config.json."
+        )
+    shifted = labels.roll(1, 1)
+    shifted[:, 0] = start
+    return shifted.masked_fill(shifted < 0, pad)
+
+
 class _Apart(encoding.Encoder):
     """Prompt and answer are rendered apart, and a text has the tokenizer's own frame around it.
 

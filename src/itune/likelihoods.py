@@ -184,7 +184,6 @@ def _filled(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> Fo
 
 def _written(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> Found:
     """Each choice written by the decoder after its prompt was read."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = []
     for number in range(len(pairs[0].answers)):
         width = max(len(each.prompt) for each in pairs)
@@ -197,9 +196,7 @@ def _written(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> F
         output = model(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            decoder_input_ids=inner.prepare_decoder_input_ids_from_labels(
-                labels=labels.to(model.device)
-            ),
+            decoder_input_ids=families.decoder_inputs(model, labels.to(model.device)),
             use_cache=False,
         )
         picked = _picked(output.logits[:, -longest:], targets.to(model.device))

@@ -35,6 +35,7 @@ def summed(
     *,
     head: str | None = None,
     each: Each | None = None,
+    balance: bool = False,
 ) -> torch.Tensor:
     """Summed cross-entropy in nats over the batch's targets, a float32 scalar or better.
 
@@ -43,19 +44,34 @@ def summed(
     `head`: TARGETS, KEPT or FULL; None takes what the model's signature allows without a probe.
     `each` receives the loss of every target, float32 [targets] without a gradient; whether it is
     there changes nothing else.
+    `balance` adds what a config with `output_router_logits` asks for besides, that experts are used
+    alike, times the targets: so a step of one micro-batch has the library's own loss.
     """
     head = head or (KEPT if keeps_logits(model) else FULL)
     if head == TARGETS:
         with _losing(output_layer(model), batch, each):
-            loss: torch.Tensor = model(**batch.inputs()).logits
+            output = model(**batch.inputs())
+        loss: torch.Tensor = output.logits
         if loss.numel() != 1:  # BART adds a bias of its own, for one
             raise ValueError("the model changes the logits that its output layer gives")
-        return loss.reshape(())
-    logits = _kept(model, batch) if head == KEPT else _full(model, batch)
+        return _balanced(loss.reshape(()), model, output, batch) if balance else loss.reshape(())
+    logits, output = _kept(model, batch) if head == KEPT else _full(model, batch)
     if each is not None:
         with torch.no_grad():
             each.append(F.cross_entropy(precise(logits), batch.wanted, reduction="none"))
-    return F.cross_entropy(precise(logits), batch.wanted, reduction="sum")
+    loss = F.cross_entropy(precise(logits), batch.wanted, reduction="sum")
+    return _balanced(loss, model, output, batch) if balance else loss
+
+
+def _balanced(loss: torch.Tensor, model: Any, output: Any, batch: batches.Batch) -> torch.Tensor:
+    """The loss with that of experts which are not used alike, if the model gives it."""
+    uneven = getattr(output, "aux_loss", None)
+    if uneven is None:
+        return loss
+    inner = _base(model)
+    names = ("router_aux_loss_coef", "aux_loss_coef")  # the second of JetMoe
+    weight = next(float(getattr(inner, name)) for name in names if hasattr(inner, name))
+    return loss + weight * len(batch.places) * precise(uneven)
 
 
 def nats(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
@@ -71,7 +87,7 @@ def surprises(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
     Without any in an answer, greedy decoding writes that answer: each token of it is the
     likeliest after those before it.
     """
-    logits = _kept(model, batch) if keeps_logits(model) else _full(model, batch)
+    logits, _ = _kept(model, batch) if keeps_logits(model) else _full(model, batch)
     return logits.argmax(-1) != batch.wanted
 
 
@@ -80,9 +96,9 @@ def precise(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _full(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
-    logits: torch.Tensor = own(model(**batch.inputs()).logits, batch)
-    return logits.flatten(0, 1).index_select(0, batch.places)
+def _full(model: torch.nn.Module, batch: batches.Batch) -> tuple[torch.Tensor, Any]:
+    output = model(**batch.inputs())
+    return own(output.logits, batch).flatten(0, 1).index_select(0, batch.places), output
 
 
 def own(states: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
@@ -90,13 +106,14 @@ def own(states: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
     return states[:, states.shape[1] - batch.targets.shape[1] :]
 
 
-def _kept(model: torch.nn.Module, batch: batches.Batch) -> torch.Tensor:
+def _kept(model: torch.nn.Module, batch: batches.Batch) -> tuple[torch.Tensor, Any]:
     """Logits at the targets; columns in which no row learns anything are never made."""
     width = batch.targets.shape[1]
     kept, which = batch.columns or columns(batch)
-    logits: torch.Tensor = model(**batch.inputs(), logits_to_keep=kept).logits
+    output = model(**batch.inputs(), logits_to_keep=kept)
     rows = torch.div(batch.places, width, rounding_mode="floor")
-    return logits.flatten(0, 1).index_select(0, rows * len(kept) + which)
+    places = rows * len(kept) + which
+    return output.logits.flatten(0, 1).index_select(0, places), output
 
 
 def columns(batch: batches.Batch) -> tuple[torch.Tensor, torch.Tensor]:

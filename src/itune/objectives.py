@@ -43,10 +43,7 @@ def collate(
         return None
     if encoder.family == families.MASKED:
         return batches.masked(objective, pad_id)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return batches.paired(
-        objective, pad_id, lambda labels: inner.prepare_decoder_input_ids_from_labels(labels=labels)
-    )
+    return batches.paired(objective, pad_id, lambda labels: families.decoder_inputs(model, labels))
 
 
 def packed(

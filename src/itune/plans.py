@@ -172,14 +172,17 @@ def of_run(
     world: int,
     padded: bool,
     changing: bool = False,
+    alone: bool = False,
 ) -> Plan:
-    """The steps of a run; `changing`: what an example is differs from visit to visit."""
+    """The steps of a run; `changing`: what an example is differs from visit to visit; `alone`:
+    each has a micro-batch of its own."""
     lengths: Any = corpus.lengths
     targets: Any = corpus.targets
     if changing:
         order = objectives.visits(corpus, settings.seed)
         lengths, targets = objectives.Repeated(lengths), objectives.Repeated(targets)
     micro = settings.micro_batch_tokens or min(settings.tokens_per_step, batches.MICRO_TOKENS)
+    micro = 1 if alone else micro  # the least there is: one row makes a micro-batch in any case
     return plan(
         order if changing else lambda epoch: corpus.epoch(epoch, settings.seed),
         lengths,

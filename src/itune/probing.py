@@ -8,7 +8,8 @@ some tiny rows alone, by its plain forward, against the same rows in each way th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +19,12 @@ import torch.nn.functional as F
 
 from itune import attention, batches, data, encoding, losses
 
-ROWS, MASK, PADDING = "rows", "mask", "padding"
+ROWS, MASK, PADDING, ALONE = "rows", "mask", "padding", "alone"
 LAYOUTS = {
     ROWS: "per-row attention",
     MASK: "the library's block mask",
     PADDING: "padding",
+    ALONE: "one row at a time",
 }
 HEADS = {
     losses.TARGETS: "fused loss at the targets",
@@ -35,6 +37,9 @@ EXACT = 1e-4  # relative. float32 rounds at about 1e-6; a leak from row to row i
 ROUNDED = 5e-2
 # Gradients compared: the smaller tensors first, up to so many numbers. Each layer has small ones.
 _COMPARED = 64_000_000
+
+# Fields of a config that name such a length: sliding_window, attention_chunk_size, index_topk.
+_BORDER = re.compile(r"window|chunk_size|topk$|top_k$|local_attention|block_size")
 
 _REFUSALS = (
     ValueError,
@@ -53,6 +58,7 @@ Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 class Path:
     """How a run computes: how rows share a batch, how the loss is made, and why, in one line.
 
+    ALONE is for a model that gives other numbers as soon as a row is padded; it is slow.
     padding, packed: how rows are padded or packed where the layout is that; None for a decoder's
     plain way.
     """
@@ -66,7 +72,7 @@ class Path:
     @property
     def padded(self) -> bool:
         """Whether micro-batches are filled up to their longest row."""
-        return self.layout == PADDING
+        return self.layout in (PADDING, ALONE)
 
     def collate(self, pad_id: int) -> batches.Collate:
         """The function that makes a micro-batch for this path."""
@@ -74,7 +80,9 @@ class Path:
             ROWS: self.packed or batches.packed,
             MASK: batches.flat,
         }
-        return known.get(self.layout) or self.padding or batches.padder(pad_id)
+        # One row alone has no padding, so the model's own positions hold.
+        places = self.layout != ALONE
+        return known.get(self.layout) or self.padding or batches.padder(pad_id, places=places)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def choose(
     own = model.config._attn_implementation
     with _undisturbed(model):
         probe = _Probe(model, own, longest, autocast, padding, packed)
-        head, notes = _head(probe)
+        head, notes = _head(probe, PADDING)
         layout = PADDING
         if padding is not None and packed is None:
             pass
@@ -115,7 +123,14 @@ def choose(
             notes.append("training.packing is off")
         else:
             layout, refused = _layout(probe, head)
+            if layout != PADDING and head == losses.FULL:  # it may be padding that went wrong
+                head, notes = _head(probe, layout)
             notes += refused
+        if layout == PADDING and head == losses.FULL:  # the others were tried on padded rows
+            off = probe.against(PADDING, head)
+            if off is not None:
+                layout, (head, _) = ALONE, _head(probe, ALONE)
+                notes.append(f"{LAYOUTS[PADDING]}: {off}")
     model.set_attn_implementation(attention.NAME if layout == ROWS else own)
     why = f"batches: {LAYOUTS[layout]}, {HEADS[head]}"
     return Path(layout, head, f"{why} ({'; '.join(notes)})" if notes else why, padding, packed)
@@ -135,8 +150,8 @@ def differs(
         return probe.against(path.layout, path.head)
 
 
-def _head(probe: _Probe) -> tuple[str, list[str]]:
-    """The leanest exact head, tried on padded rows, and what was passed over."""
+def _head(probe: _Probe, layout: str) -> tuple[str, list[str]]:
+    """The leanest exact head, tried in a layout, and what was passed over."""
     notes: list[str] = []
     plain = losses.is_plain(losses.output_layer(probe.model))
     able = {losses.TARGETS: plain, losses.KEPT: losses.keeps_logits(probe.model)}
@@ -144,13 +159,11 @@ def _head(probe: _Probe) -> tuple[str, list[str]]:
         if not possible:
             reason = "the output layer is no plain matrix" if head == losses.TARGETS else None
         else:
-            reason = probe.against(PADDING, head)
+            reason = probe.against(layout, head)
             if reason is None:
                 return head, notes
         if reason is not None:
             notes.append(f"{HEADS[head]}: {reason}")
-    if (off := probe.against(PADDING, losses.FULL)) is not None:
-        notes.append(f"padding itself: {off}")
     return losses.FULL, notes
 
 
@@ -221,15 +234,26 @@ class _Probe:
                 continue
             loss = F.cross_entropy(logits[0, row.places].float(), row.wanted, reduction="sum")
             total += loss.detach()
-            for i, more in enumerate(self._gradients(loss)):
-                before = gradients[i]
-                gradients[i] = more if before is None else before if more is None else before + more
+            found = self._gradients(loss)
+            gradients = [_summed(pair) for pair in zip(gradients, found, strict=True)]
         return _Seen(torch.cat(every), float(total), gradients)
 
     def _seen(self, layout: str, head: str) -> _Seen:
         self.model.set_attn_implementation(attention.NAME if layout == ROWS else self.own)
+        every = np.arange(len(self.rows))
+        if layout != ALONE:
+            return self._of(every, layout, head)
+        parts = [self._of(every[k : k + 1], layout, head) for k in every]
+        return _Seen(
+            torch.cat([part.logits for part in parts]),
+            sum(part.loss for part in parts),
+            [_summed(each) for each in zip(*(part.gradients for part in parts), strict=True)],
+        )
+
+    def _of(self, rows: np.ndarray, layout: str, head: str) -> _Seen:
+        """What some rows give in one micro-batch."""
         collate = Path(layout, head, "", self.padding, self.packed).collate(pad_id=0)
-        batch = collate(self.rows, np.arange(len(self.rows))).to(self.device)
+        batch = collate(self.rows, rows).to(self.device)
         with torch.no_grad(), self.autocast():
             logits = losses.own(self.model(**batch.inputs()).logits.float(), batch)
         real = logits[0] if batch.mask is None else logits[_real(batch)]
@@ -267,6 +291,12 @@ def _real(batch: batches.Batch) -> torch.Tensor:
     return batch.mask.bool()
 
 
+def _summed(each: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The sum of those that are there."""
+    present = [x for x in each if x is not None]
+    return torch.stack(present).sum(0) if present else None
+
+
 def _apart(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     if a is None or b is None:
         present = a if b is None else b
@@ -280,9 +310,8 @@ def _rows(model: Any, longest: int, *, decoder: bool = True) -> data.Corpus:
     Half of each is not learnt, as a prompt is not; only a decoder may have an empty prompt.
     """
     lengths = [7, 1, 12, 2, 5] if decoder else [7, 2, 12, 3, 5]
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if isinstance(window, int) and 0 < window < longest:
-        lengths[4] = window + 3
+    if borders := _borders(model, longest):
+        lengths[4] = max(borders) + 3
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = [torch.randint(0, vocabulary, (n,), generator=draw).tolist() for n in lengths]
@@ -293,6 +322,22 @@ def _rows(model: Any, longest: int, *, decoder: bool = True) -> data.Corpus:
     return data.from_tokens(
         [encoding.Tokens(row, [k >= len(row) // 2 for k in range(len(row))]) for row in ids]
     )
+
+
+def _borders(model: Any, longest: int) -> list[int]:
+    """Lengths below `longest` beyond which a row may be attended to in another way.
+
+    A window, a chunk, or how many keys a sparse attention picks; the names differ from model to
+    model, and a length too many costs a longer row of the probe, no more.
+    """
+    config = model.config.get_text_config()
+    # ModernBERT's window is half of a field of another name.
+    fields = {**config.to_dict(), "sliding_window": getattr(config, "sliding_window", None)}
+    return [
+        value
+        for name, value in fields.items()
+        if _BORDER.search(name) and type(value) is int and 0 < value < longest
+    ]
 
 
 @contextlib.contextmanager

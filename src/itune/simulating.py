@@ -83,7 +83,7 @@ def held(
             before = live.flops
             with live:
                 with autocast():
-                    loss = losses.summed(model, part, head=head)
+                    loss = losses.summed(model, part, head=head, balance=True)
                 loss.backward()
                 del loss
             flops.append(live.flops - before)

@@ -13,7 +13,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from itune import batches, errors, gradients, jobs, losses, memory, optimizers, recipes, runs
+from itune import (
+    batches,
+    errors,
+    gradients,
+    jobs,
+    losses,
+    memory,
+    optimizers,
+    probing,
+    recipes,
+    runs,
+)
 
 SHARE = 0.9  # of the free memory is filled. chosen: allocators lose some of it between blocks
 
@@ -31,7 +42,8 @@ def fitted(
     it is set. Gradients and random state are as before. Raises EnvironmentRefusal for a row that
     does not fit alone.
     """
-    if settings.micro_batch_tokens is not None or memory.left(accelerator.device) is None:
+    given = settings.micro_batch_tokens is not None or job.path.layout == probing.ALONE
+    if given or memory.left(accelerator.device) is None:
         return job
     chosen = int(run.manifest.get("micro_batch_tokens", 0))
     if not chosen:

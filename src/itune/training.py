@@ -323,7 +323,7 @@ class _Loop:
         model = self.job.model
         with self.accelerator.no_sync(model):  # processes meet when the step is whole
             with self.clock.phase("forward"), self.accelerator.autocast():
-                loss = losses.summed(model, batch, head=self.job.path.head, each=each)
+                loss = losses.summed(model, batch, head=self.job.path.head, each=each, balance=True)
             with self.clock.phase("backward"):
                 self.accelerator.backward(loss * scale)
         return loss.detach()

@@ -116,7 +116,7 @@ class _Bench:
         batch = self.collate(self.corpus, rows).to(self.place.device)
         began = _now(self.place)
         with self.cast():
-            loss = losses.summed(self.model, batch, head=self.path.head)
+            loss = losses.summed(self.model, batch, head=self.path.head, balance=True)
         loss.backward()
         return _now(self.place) - began
 

@@ -26,6 +26,7 @@ from itune import (
     objectives,
     origins,
     plans,
+    probing,
     pushing,
     recipes,
     rehearsing,
@@ -87,6 +88,7 @@ def _tuned(
         corpus,
         world=accelerator.num_processes,
         padded=path.padded,
+        alone=path.layout == probing.ALONE,
         changing=objective is not None and any(corpus.plain),
     )
     pad_id = encoder.tokenizer.pad_token_id

@@ -150,6 +150,19 @@ def test_watching_changes_no_bit(tmp_path: Path, tiny_model_dir: Path, cli: Any)
     assert "backward" in ended.out + ended.err
 
 
+def test_how_a_step_is_cut_changes_no_gradient(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any
+) -> None:
+    """Gradients of micro-batches are divided by the targets of the whole step."""
+    folder_with(tmp_path, tiny_model_dir)
+    same = ("-s", "training.max_steps=3", "-s", "adapter.lora_dropout=0")
+    for name, tokens in (("whole", 300), ("cut", 70)):
+        cut = ("-s", f"training.micro_batch_tokens={tokens}")
+        assert cli("tune", "-r", "tune.yaml", *same, *cut, "-o", f"runs/{name}").code == 0
+    wanted = losses_of(tmp_path / "runs/whole")
+    assert losses_of(tmp_path / "runs/cut") == [pytest.approx(x, rel=1e-4) for x in wanted]
+
+
 def test_a_killed_run_keeps_each_row_loss_once(
     tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,9 +6,11 @@ import dataclasses
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from test_metrics import ODD, own
 
 from itune import errors, intervals, metrics, resampling, scoring
@@ -478,3 +480,23 @@ def test_draws_on_which_a_users_value_is_undefined_are_counted() -> None:
     missing = int(found.signature.partition("|undefined:")[2].partition(" of 100 draws")[0])
     assert 1 <= missing <= 25
     assert found.value == 1
+
+
+def test_the_interval_of_f1_over_many_classes_of_few_rows_holds_it() -> None:
+    random = np.random.default_rng(0)
+
+    def answers(n_rows: int) -> tuple[Any, Any]:
+        gold = random.integers(0, 77, n_rows)
+        return gold, np.where(random.random(n_rows) < 0.7, gold, random.integers(0, 77, n_rows))
+
+    gold, said = answers(200_000)
+    truth = sklearn.metrics.f1_score(gold, said, average="macro")
+    held = 0
+    for _ in range(40):
+        rows = [
+            scoring.Prediction(row, 0, str(text), (str(right),))
+            for row, (right, text) in enumerate(zip(*answers(400), strict=True))
+        ]
+        found = scoring.score(rows, ["f1"], resamples=200)["f1"]
+        held += found.low <= truth <= found.high
+    assert held >= 36, "32 of 40 where corrected percentiles are taken of draws of one end"

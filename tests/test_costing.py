@@ -120,6 +120,7 @@ def test_a_large_model_is_planned_from_its_config(cli: Any, recipe: Path, large:
         assert found[name] > small[name] or name == "heldout_seconds", name
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would(cli: Any, recipe: Path, large: Path) -> None:
     """The change that is named makes it fit, and the figure is that of the plan with it."""
     given = ("tune", "-r", recipe, "-s", f"model.name={large}", "-s", "plan.tflops=100")

@@ -181,7 +181,7 @@ def test_rendering_is_that_of_transformers(shape: str) -> None:
 def test_a_saved_tokenizer_renders_the_same_elsewhere(shape: str, tmp_path: Path) -> None:
     one = encoder("byte-bpe", shape)
     one.tokenizer.save_pretrained(tmp_path)
-    again = transformers.transformers.AutoTokenizer.from_pretrained(tmp_path)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert again.chat_template is not None
     messages = TALKS["one"]
     given_ = as_given(one, messages[:1])

@@ -43,6 +43,7 @@ from itune import (
 
 WHOLE = 6  # chosen: layers up to which a step is gone through whole; beyond, what one more adds
 FEW, MORE = 2, 4
+KEPT = ("weights", "unpacked", "optimizer", "trained")
 SHARE = 0.9  # of a device's free memory may be planned for, as when micro-batches are tried
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroups v2)
 
@@ -163,18 +164,14 @@ class _Made:
         self, recipe: recipes.Recipe, path: probing.Path, plan: plans.Plan
     ) -> tuple[dict[str, int], dict[str, float], float]:
         """Bytes whatever the micro-batch, bytes of each part a token of it, operations a token."""
-        outline = self.outline if recipe is self.recipe else self._outline(recipe, None)
         parts, flops = self._stepped(recipe, path, plan)
-        trained = sum(p.nbytes for p in outline.parameters() if p.requires_grad)
-        fixed = {
-            "weights": outlines.weights_bytes(outline, recipe.quantization),
-            "optimizer": optimizers.state_bytes(outline, recipe.training),
-        }
+        if recipe is self.recipe:  # counted whole, should its layers be unlike each other
+            parts |= _kept(recipe, self.outline)
+        fixed = {name: parts.pop(name) for name in KEPT}
+        fixed["gradients"] = parts.pop(simulating.GRADIENTS, 0)
+        trained = fixed.pop("trained")
         if self.processes > 1:
             fixed["communication"] = trained + min(trained, 4 * gradients.CHUNK)
-        if recipe.quantization is not None:
-            fixed["unpacked"] = outlines.unpacked_bytes(outline)
-        fixed["gradients"] = parts.pop(simulating.GRADIENTS, 0)
         tokens = plan.cost(trying.heaviest(plan))
         return fixed, {key: value / tokens for key, value in parts.items()}, flops
 
@@ -217,7 +214,7 @@ class _Made:
             autocast=trying.autocast(recipe, replace(self.place, device=torch.device("cpu"))),
         )
         model.set_attn_implementation(own)
-        return dict(held.bytes), sum(held.flops) / sum(map(plan.cost, rows))
+        return {**held.bytes, **_kept(recipe, model)}, sum(held.flops) / sum(map(plan.cost, rows))
 
     def _filled(
         self,
@@ -253,10 +250,8 @@ class _Made:
         if not trials or not trials[-1].held:
             return 0.0
         tried = trials[-1]
-        outline, plan = self._outline(self.tried, tried.layers), self.planned(path, self.tried)
-        parts, _ = self._simulated(self.tried, path, plan, tried.layers)
-        known = outlines.weights_bytes(outline, None) + sum(parts.values())
-        known += optimizers.state_bytes(outline, self.recipe.training)
+        parts, _ = self._simulated(self.tried, path, self.planned(path, self.tried), tried.layers)
+        known = sum(value for key, value in parts.items() if key != "trained")
         return max(0.0, tried.held / max(known, 1) - 1)
 
     def _available(self) -> int:
@@ -283,7 +278,10 @@ class _Made:
             tokens = self._can_try(self._outline(self.recipe, wanted[-1]))
             if tokens:
                 training = self.recipe.training.model_copy(update={"micro_batch_tokens": tokens})
-                self.tried = self.recipe.model_copy(update={"training": training})
+                # Random weights are not quantised.
+                self.tried = self.recipe.model_copy(
+                    update={"training": training, "quantization": None}
+                )
                 return [self._trial(layers) for layers in wanted]
         return []
 
@@ -367,3 +365,13 @@ class _Made:
         fixed, per, _ = self._memory(recipe, path, plan)
         _, held = self._filled(plan, fixed, per, available)
         return int(self._parts(fixed, held, allocator)["peak"])
+
+
+def _kept(recipe: recipes.Recipe, outline: Any) -> dict[str, int]:
+    """Bytes of what a model keeps for the length of a run, and of what of it is trained."""
+    return {
+        "weights": outlines.weights_bytes(outline, recipe.quantization),
+        "unpacked": outlines.unpacked_bytes(outline) if recipe.quantization else 0,
+        "optimizer": optimizers.state_bytes(outline, recipe.training),
+        "trained": sum(p.nbytes for p in outline.parameters() if p.requires_grad),
+    }

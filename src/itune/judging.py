@@ -182,6 +182,7 @@ def _track(
 
 def _ways(ours: Answerer, recipe: recipes.Recipe, metrics: Sequence[str]) -> dict[str, results.Way]:
     """How each task is scored. Raises UserError where that cannot be: before hours of answering."""
+    _refuse_unserved(ours, recipe)
     if metrics and not ours.tasks:
         raise errors.OptionError(
             f"--metric {metrics[0]}: data.eval is plain text, which is measured by its perplexity. "

@@ -10,7 +10,7 @@ import torch
 import transformers
 from conftest import tiny_tokenizer
 
-from itune import adapters, decoding, encoding, errors, models, picking, slots, stepping
+from itune import adapters, decoding, encoding, errors, folding, models, picking, slots, stepping
 
 SIZE: dict[str, Any] = {
     "vocab_size": 320,
@@ -200,7 +200,7 @@ def test_an_adapter_is_folded_in_and_taken_out_to_the_bit(encoder: encoding.Enco
     model.eval()
     expected = alone(model, asked, wanted)
     model.train()
-    with adapters.folded_in(model) as plain:
+    with folding.folded_in(model) as plain:
         assert any((p != before[n]).any() for n, p in model.named_parameters()), "it is folded in"
         assert not hasattr(plain, "peft_config") or plain is not model
     found = decoding.generate(model, encoder, asked, wanted)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from itune import adapters
+from itune import folding
 
 Cli = Callable[..., Any]
 RECIPE = """
@@ -278,7 +278,7 @@ def test_a_merged_model_that_answers_otherwise_is_not_kept(
     number: float, said: str, folder: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert cli("tune", "-r", "lora.yaml").code == 0
-    real = adapters.merged
+    real = folding.merged
 
     def spoilt(model: Any) -> Any:
         whole = real(model)
@@ -286,7 +286,7 @@ def test_a_merged_model_that_answers_otherwise_is_not_kept(
             whole.model.layers[0].mlp.down_proj.weight[0] *= number
         return whole
 
-    monkeypatch.setattr(adapters, "merged", spoilt)
+    monkeypatch.setattr(folding, "merged", spoilt)
     ended = cli("tune", "-r", "lora.yaml", "-s", "output.merge=true")
     assert ended.code == 2, ended.err
     assert said in ended.err

@@ -69,6 +69,7 @@ ORDER = (
     "weights",
     "locating",
     "adapters",
+    "folding",
     "models",
     "fingerprints",
     "checkpoints",

@@ -19,6 +19,7 @@ from itune import (
     data,
     errors,
     families,
+    folding,
     formats,
     likelihoods,
     losses,
@@ -121,7 +122,7 @@ def test_every_method_on_every_family(family: str, kind: str, tmp_path: Path) ->
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     before = [p.detach().clone() for p in trained]
-    with torch.inference_mode(), adapters.folded_in(model):
+    with torch.inference_mode(), folding.folded_in(model):
         pass  # as for answers in the midst of a run: it must train on as if nothing had been
     assert digest(model.named_parameters()) == frozen
     model.train()
@@ -156,7 +157,7 @@ def saved_and_merged(
     assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max()) + 1e-5
     if unmerged:
         with pytest.raises(errors.RecipeError, match="cannot be folded"):
-            adapters.merged(again)
+            folding.merged(again)
     elif not adapters.prepends(model) and hasattr(model, "merge_and_unload"):
         assert not hasattr(whole, "peft_config")
 
@@ -267,14 +268,14 @@ def test_a_model_trains_on_after_its_adapter_was_folded_in_for_answers(kind: str
     model = adapters.attach(tiny_model("causal"), {"peft_type": kind}, base="x", seed=1)
     frozen = digest(model.named_parameters())
     batch = batches.padded(corpus, np.arange(2), 2)
-    with torch.inference_mode(), adapters.folded_in(model) as folded:
+    with torch.inference_mode(), folding.folded_in(model) as folded:
         assert folded is model.get_base_model()
         folded(**batch.inputs())
     assert digest(model.named_parameters()) == frozen
     losses.summed(model, batch).backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert any(grad is not None and bool(grad.any()) for grad in grads)
-    assert not hasattr(adapters.merged_or_not(model), "merge_adapter")  # and says nothing of it
+    assert not hasattr(folding.merged_or_not(model), "merge_adapter")  # and says nothing of it
 
 
 def test_an_adapter_that_is_refused_only_as_a_whole_stays_with_a_word(
@@ -286,7 +287,7 @@ def test_an_adapter_that_is_refused_only_as_a_whole_stays_with_a_word(
         raise ValueError("not this one")
 
     monkeypatch.setattr(model.base_model, "merge_and_unload", refused)
-    assert adapters.merged_or_not(model) is model
+    assert folding.merged_or_not(model) is model
     assert "this adapter (lora) cannot be folded into its base" in capsys.readouterr().err
 
 
@@ -432,7 +433,7 @@ def test_an_adapter_whose_folding_fails_half_way_answers_as_it_did(
 
     monkeypatch.setattr(Linear, "merge", failing)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    made = adapters.folded(again, str(tmp_path / "adapter"))
+    made = folding.folded(again, str(tmp_path / "adapter"))
     assert len(calls) == 5
     with torch.inference_mode():
         assert torch.equal(made.eval()(input_ids=ids).logits, expected)

@@ -170,13 +170,11 @@ class Answerer:
 
     def tune(self, base: Answerer) -> None:
         """Take the base's model out of its hands and fold this one's adapter into it."""
-        from itune import adapters, locating
+        from itune import folding, locating
 
         location = locating.resolve(self.location, self.named.revision)
         shared = isinstance(base.model, engines.Served)
-        self._hold(
-            base.model.adapted(location) if shared else adapters.folded(base.model, location)
-        )
+        self._hold(base.model.adapted(location) if shared else folding.folded(base.model, location))
         base.release()
 
     # --- what decides its answers ---

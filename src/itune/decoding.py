@@ -17,7 +17,17 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, encoding, engines, errors, families, picking, slots, stepping
+from itune import (
+    adapters,
+    encoding,
+    engines,
+    errors,
+    families,
+    folding,
+    picking,
+    slots,
+    stepping,
+)
 
 SAMPLING = (
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
@@ -143,7 +153,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), adapters.folded_in(model) as plain:
+        with torch.inference_mode(), folding.folded_in(model) as plain:
             job = _Job(plain, encoder, prompts, wanted, order or Order(), note)
             why = job.library
             if why and say is not None:

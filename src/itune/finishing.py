@@ -24,6 +24,7 @@ from itune import (
     encoding,
     errors,
     families,
+    folding,
     locating,
     models,
     origins,
@@ -155,12 +156,12 @@ def merge(run: runs.Run, say: Say) -> None:
     model = models.adapted(str(run.dir), str(run.model_dir), named, place)
     staged, folder = run.dir / ".merged", run.dir / "merged"
     samples = [_sample(encoder, text, place) for text in SAMPLES]
-    wanted = adapters.logits(model, samples)
-    adapters.merged(model).save_pretrained(staged)
+    wanted = folding.logits(model, samples)
+    folding.merged(model).save_pretrained(staged)
     del model  # one of the two at a time in memory
     try:
         whole = models.load(recipes.Model(name=str(staged)), place)
-        difference = adapters.proved(wanted, adapters.logits(whole, samples), folder)
+        difference = folding.proved(wanted, folding.logits(whole, samples), folder)
     except errors.ModelError:
         storage.DISK.remove(staged)
         raise

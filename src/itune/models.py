@@ -15,7 +15,17 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, data, encoding, errors, families, locating, origins, recipes, weights
+from itune import (
+    data,
+    encoding,
+    errors,
+    families,
+    folding,
+    locating,
+    origins,
+    recipes,
+    weights,
+)
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 
@@ -242,7 +252,7 @@ def use_liger(model: Any, place: Placement) -> None:
 
 
 def _merged_base(name: str, location: str, wanted: recipes.Model, place: Placement) -> Any:
-    model = adapters.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
+    model = folding.merged_or_not(adapted(name, location, wanted, place)).to(place.device)
     if not hasattr(model, "peft_config"):
         model.requires_grad_(True)  # peft froze the base, and it is a whole model again
     return model

@@ -18,6 +18,7 @@ from itune import (
     encoding,
     families,
     finishing,
+    folding,
     forecasting,
     jobs,
     launching,
@@ -151,7 +152,7 @@ def _model(
     if first:
         adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
     if recipe.output.merge:
-        adapters.refuse_unmergeable(model)
+        folding.refuse_unmergeable(model)
     if encoder.family != families.MASKED:
         for why in adapters.unheard_stop(model, encoder.stop_id):
             launching.warn(why)

@@ -1,0 +1,181 @@
+"""An adapter folded into its base: for good and proved equal, or for a while and exactly undone.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itune import adapters, errors, launching
+
+# What peft cannot fold in, or not out again: it says so only half way through.
+NOT_IN_AND_OUT = {"BEFT", "LILY", "OSF", "SHADOW"}
+
+
+def refuse_unmergeable(model: Any) -> None:
+    """Raise RecipeError before a run whose adapter could not be folded into its base after it."""
+    if adapters.prepends(model) or not hasattr(model, "merge_and_unload"):
+        raise errors.RecipeError(
+            "output.merge: this adapter cannot be folded into its base. Set output.merge: false."
+        )
+
+
+def merged(model: Any) -> Any:
+    """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
+    refuse_unmergeable(model)
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError) as error:
+        raise errors.RecipeError(
+            f"output.merge: this adapter cannot be folded into its base: "
+            f"{' '.join(str(error).split())[:200]}. Set output.merge: false."
+        ) from error
+
+
+@torch.no_grad()
+def logits(model: Any, samples: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    """What a model makes of each sample, called with it by name."""
+    model.eval()
+    return [model(**sample).logits for sample in samples]
+
+
+def proved(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], folder: Path) -> float:
+    """The largest difference of the logits of an adapter on its base and of both merged.
+
+    Raises ModelError where it is more than rounding: of the largest logit 1e-4 in float32, 5e-2
+    in 16 bits.
+    """
+    difference = max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+    scale = max(float(each.abs().max()) for each in wanted)
+    tolerance = (1e-4 if wanted[0].dtype == torch.float32 else 5e-2) * max(scale, 1.0)
+    if not difference <= tolerance:
+        raise errors.ModelError(
+            f"{folder}: the merged model's logits differ by {difference:.2g} from the adapter's, "
+            "so it is not kept. Serve the adapter on its base."
+        )
+    return difference
+
+
+def folded(base: Any, location: str) -> Any:
+    """The base with the adapter of a folder folded into its own weights: no second copy.
+
+    What cannot be folded in stays an adapter on the base. Raises ModelError where the adapter does
+    not go with it.
+    """
+    import peft
+
+    try:
+        loaded = peft.PeftModel.from_pretrained(base, location)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise errors.ModelError(
+            f"{location}: this adapter does not go with its base: {' '.join(str(error).split())}"
+        ) from error
+    return merged_or_not(loaded)
+
+
+def merged_or_not(loaded: Any) -> Any:
+    """An adapter on its base, folded in; as it was where it cannot be folded in."""
+    if adapters.prepends(loaded):
+        return loaded  # tokens that are set before a text are no part of any weight
+    if hasattr(loaded, "merge_and_unload") and _folds(loaded):
+        with contextlib.suppress(NotImplementedError, ValueError):
+            return loaded.merge_and_unload()  # refused, if at all, before any layer is touched
+    kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
+    launching.warn(
+        f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
+        "same answers, a little slower."
+    )
+    return loaded
+
+
+def _folds(model: Any) -> bool:
+    """Whether every adapted layer can be folded in, tried one by one and each put back to the bit.
+
+    Where folding fails half way, peft leaves some layers folded and others not.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in [each for each in model.modules() if isinstance(each, BaseTunerLayer)]:
+        kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
+        try:
+            layer.merge()
+            with _unsaid():
+                layer.unmerge()
+        except (NotImplementedError, ValueError):
+            return False
+        finally:
+            with torch.no_grad():
+                for parameter, before in kept:
+                    parameter.copy_(before)
+    return True
+
+
+@contextlib.contextmanager
+def folded_in(model: Any) -> Iterator[Any]:
+    """The model beneath an adapter, with the adapter folded into its weights for a while.
+
+    Afterwards all weights are what they were, to the bit: they were kept, not computed back. What
+    cannot be folded exactly (few bits, prompts learnt) is given as it is, adapter beside it; a
+    model without an adapter too.
+    """
+    layers = _foldable(model)
+    if not layers:
+        yield model
+        return
+    kept = [p.detach().clone() for each in layers for p in each.get_base_layer().parameters()]
+    with _recorded():
+        model.merge_adapter()
+    try:
+        yield model.get_base_model()
+    finally:
+        with _recorded():
+            with _unsaid():
+                model.unmerge_adapter()
+            own = (p for each in layers for p in each.get_base_layer().parameters())
+            for parameter, before in zip(own, kept, strict=True):
+                parameter.copy_(before)
+
+
+@contextlib.contextmanager
+def _unsaid() -> Iterator[None]:
+    """What peft computes back may be inexact, and it says so; here it is not what stays."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@contextlib.contextmanager
+def _recorded() -> Iterator[None]:
+    """Tensors made within can be trained later, though the caller is in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _foldable(model: Any) -> list[Any]:
+    """The adapted layers of a model whose adapter can be folded in and out; else none."""
+    if "peft" not in sys.modules:  # seconds to import, and it made no part of this model
+        return []
+    import peft
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(model, peft.PeftModel) or not hasattr(model.base_model, "merge_adapter"):
+        return []
+    kind = getattr(model.active_peft_config.peft_type, "value", "")
+    if kind in NOT_IN_AND_OUT:
+        return []
+    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    for each in layers:
+        weights = list(each.get_base_layer().parameters())
+        if not hasattr(each, "merge") or each.merged or not weights:
+            return []
+        if not all(p.is_floating_point() for p in weights):
+            return []
+    return layers

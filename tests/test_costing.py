@@ -251,3 +251,23 @@ def test_operations_of_a_step_are_six_a_token_and_parameter() -> None:
     # Nothing is before the embeddings, so that the first layer's inputs have a gradient too.
     expected = 6 * tokens * matrices + attention * (1 + 2.5)
     assert found.flops[0] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_model_that_cannot_be_gone_through_is_named(
+    cli: Any, recipe: Path, tmp_path: Path
+) -> None:
+    """A model that changes its own weights going forward is told of in one line."""
+    import transformers
+    from conftest import tiny_tokenizer
+
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=320, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path / "switch"
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    ended = cli("tune", "-r", recipe, "-s", f"model.name={folder}", "--plan", *NOTHING_TRIED)
+    assert ended.code == 2
+    assert "a step of SwitchTransformersForConditionalGeneration cannot be gone" in ended.err

@@ -14,6 +14,14 @@ from conftest import tiny_model
 
 from itune import batches, data, encoding, losses, models, probing
 
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 LENGTHS = [37, 2, 25, 60, 5, 1, 18, 90, 44, 9]
 # Micro-batches of one step: all in one; three unequal ones; very uneven; one without any target.
 SPLITS: dict[str, list[list[int]]] = {
@@ -203,15 +211,7 @@ def test_gradient_checkpointing_changes_nothing(layout: str) -> None:
 
 def test_a_window_narrower_than_the_rows() -> None:
     torch.manual_seed(2)
-    config = transformers.MistralConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=8,
-    )
+    config = transformers.MistralConfig(**SMALL, sliding_window=8)
     model = transformers.MistralForCausalLM(config)
     made = corpus()
     wanted = reference(model, made)
@@ -225,15 +225,7 @@ def test_a_window_narrower_than_the_rows() -> None:
 def test_experts_are_balanced_where_the_config_asks_for_it(layout: str, head: str) -> None:
     torch.manual_seed(2)
     config = transformers.MixtralConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        output_router_logits=True,
-        router_aux_loss_coef=0.5,
+        **SMALL, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5
     )
     model, made = transformers.MixtralForCausalLM(config), corpus()
     wanted = reference(model, made)

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,62 +75,43 @@ EngineOption = Annotated[
 ]
 
 
-@app.command()
-def pretrain(
-    recipe: RecipeOption = None,
-    sets: SetOption = None,
-    output: OutputOption = None,
-    processes: ProcessesOption = None,
-    preview: PreviewOption = None,
-    plan: PlanOption = False,
-    fresh: FreshOption = False,
-    allow_change: AllowOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Train a language model on plain text: from scratch, or on from another."""
-    from itune import commands
+def _training(command: str) -> Callable[..., None]:
+    """The command of a name that trains: both have the same options."""
 
-    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
-    commands.train(
-        "pretrain",
-        common,
-        sys.argv[1:],
-        preview=preview or 0,
-        plan=plan,
-        fresh=fresh,
-        allowed=allow_change or (),
-    )
+    def train(
+        recipe: RecipeOption = None,
+        sets: SetOption = None,
+        output: OutputOption = None,
+        processes: ProcessesOption = None,
+        preview: PreviewOption = None,
+        plan: PlanOption = False,
+        fresh: FreshOption = False,
+        allow_change: AllowOption = None,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        from itune import commands
+
+        commands.train(
+            command,
+            commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose),
+            sys.argv[1:],
+            preview=preview or 0,
+            plan=plan,
+            fresh=fresh,
+            allowed=allow_change or (),
+        )
+
+    return train
 
 
-@app.command()
-def tune(
-    recipe: RecipeOption = None,
-    sets: SetOption = None,
-    output: OutputOption = None,
-    processes: ProcessesOption = None,
-    preview: PreviewOption = None,
-    plan: PlanOption = False,
-    fresh: FreshOption = False,
-    allow_change: AllowOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Tune a model on prompts and answers; an unfinished run of the recipe is resumed."""
-    from itune import commands
-
-    common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet, verbose)
-    commands.train(
-        "tune",
-        common,
-        sys.argv[1:],
-        preview=preview or 0,
-        plan=plan,
-        fresh=fresh,
-        allowed=allow_change or (),
-    )
+app.command(
+    "pretrain", help="Train a language model on plain text: from scratch, or on from another."
+)(_training("pretrain"))
+app.command(
+    "tune", help="Tune a model on prompts and answers; an unfinished run of the recipe is resumed."
+)(_training("tune"))
 
 
 @app.command("eval")

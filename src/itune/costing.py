@@ -37,6 +37,7 @@ from itune import (
     recipes,
     rehearsing,
     simulating,
+    sizing,
     starting,
     trying,
 )
@@ -44,7 +45,6 @@ from itune import (
 WHOLE = 6  # chosen: layers up to which a step is gone through whole; beyond, what one more adds
 FEW, MORE = 2, 4
 KEPT = ("weights", "unpacked", "optimizer", "trained")
-SHARE = 0.9  # of a device's free memory may be planned for, as when micro-batches are tried
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroups v2)
 
 
@@ -65,7 +65,7 @@ class _Made:
     def __init__(
         self, recipe: recipes.Recipe, command: str, processes: int, say: Callable[[str], None]
     ) -> None:
-        self.recipe, self.command, self.processes = recipe, command, processes
+        self.recipe, self.processes = recipe, processes
         self.place = models.placement(recipe.model)
         self.tokenizer = starting.tokenizer(recipe, None, command)
         self.encoder, self.corpus, self.heldout = starting.read(recipe, self.tokenizer, command)
@@ -119,7 +119,6 @@ class _Made:
         operations = int(flops * plan.tokens * spread)
         seconds, share, how = self._seconds(trials, plan, operations, spread)
         found = forecasting.Forecast(
-            command=self.command,
             computing=self.place.why,
             processes=self.processes,
             parameters=total,
@@ -206,13 +205,16 @@ class _Made:
         several = len(plan.step(0).ranks[0]) > 1
         rows = [typical, heaviest] if several else [heaviest]
         collate = path.collate(self.tokenizer.pad_token_id)
-        held = simulating.held(
-            model,
-            [collate(self.corpus, each) for each in rows],
-            recipe.training,
-            head=path.head,
-            autocast=trying.autocast(recipe, replace(self.place, device=torch.device("cpu"))),
-        )
+        cast = trying.autocast(recipe, replace(self.place, device=torch.device("cpu")))
+        try:
+            parts = [collate(self.corpus, each) for each in rows]
+            held = simulating.held(model, parts, recipe.training, head=path.head, autocast=cast)
+        except RuntimeError as error:  # of torch's fake tensors, in a model's own code
+            raise errors.ModelError(
+                f"--plan: a step of {type(model).__name__} cannot be gone through without its "
+                f"weights: {' '.join(str(error).split())[:160]}. Leave --plan out, and try a few "
+                "steps: --set training.max_steps=3."
+            ) from error
         model.set_attn_implementation(own)
         return {**held.bytes, **_kept(recipe, model)}, sum(held.flops) / sum(map(plan.cost, rows))
 
@@ -231,7 +233,7 @@ class _Made:
         if self.place.device.type == "cuda" and self.recipe.training.micro_batch_tokens is None:
             most = -(-self.recipe.training.tokens_per_step // self.processes)
             longest = int(self.corpus.lengths.max())
-            room = int((SHARE * available - sum(fixed.values())) / max(each, 1e-9))
+            room = int((sizing.SHARE * available - sum(fixed.values())) / max(each, 1e-9))
             tokens = max(longest, min(most, room))
             plan = replace(plan, micro_batch_tokens=tokens)
         return plan, {key: int(value * tokens) for key, value in per.items()}
@@ -286,14 +288,18 @@ class _Made:
         return []
 
     def _trial(self, layers: int | None) -> trying.Trial:
+        settings = self.config if layers is None else outlines.cut(self.config, layers)
         return trying.trial(
-            self.tried,
-            self.config,
-            self.encoder,
-            self.corpus,
+            lambda: trying.Bench(
+                self.tried,
+                settings,
+                self.encoder,
+                self.corpus,
+                self.place,
+                lambda path: self.planned(path, self.tried),
+            ),
             self.place,
-            lambda path: self.planned(path, self.tried),
-            layers=layers,
+            layers,
         )
 
     def _can_try(self, outline: Any) -> int:

@@ -21,7 +21,6 @@ class Forecast:
     user's currency; energy in watt-hours. how: what seconds follow from, in words.
     """
 
-    command: str
     computing: str
     processes: int
     parameters: int

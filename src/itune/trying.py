@@ -59,23 +59,13 @@ def autocast(
     return lambda: torch.autocast(place.device.type, torch.bfloat16)
 
 
-def trial(
-    recipe: recipes.Recipe,
-    settings: Any,
-    encoder: encoding.Encoder,
-    corpus: data.Corpus,
-    place: models.Placement,
-    planned: Callable[[probing.Path], plans.Plan],
-    *,
-    layers: int | None,
-) -> Trial:
-    """Try the model of a config, with so many layers, on the rows of a run.
+def trial(make: Callable[[], Bench], place: models.Placement, layers: int | None) -> Trial:
+    """Try what `make` gives, a model with so many layers (None: all) on the rows of a run.
 
-    `planned`: the plan of steps for a path. Raises what a model raises whose memory is too small.
+    Raises what a model raises whose memory is too small.
     """
-    chosen = settings if layers is None else outlines.cut(settings, layers)
     with memory.Peak(place.device) as peak:
-        bench = _Bench(recipe, chosen, encoder, corpus, place, planned)
+        bench = make()
         # The largest first: it shows the most memory, and what the first one costs beside.
         for _ in range(2):  # in the second, the optimizer's state is there
             bench.compute(heaviest(bench.plan))
@@ -89,8 +79,11 @@ def trial(
     return Trial(path, per_token, per_step, peak.bytes, layers, trained)
 
 
-class _Bench:
-    """A model with random weights, and what is computed with it, timed."""
+class Bench:
+    """A model with random weights, and what is computed with it, timed.
+
+    `planned`: the plan of steps for a path.
+    """
 
     def __init__(
         self,
@@ -130,7 +123,7 @@ class _Bench:
         return _now(self.place) - began
 
 
-def _mean(parts: Sequence[np.ndarray], bench: _Bench) -> float:
+def _mean(parts: Sequence[np.ndarray], bench: Bench) -> float:
     """Seconds a token over micro-batches, again and again until they have taken long enough."""
     seconds, tokens, began = 0.0, 0, time.monotonic()
     while True:

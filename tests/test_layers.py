@@ -45,6 +45,7 @@ ORDER = (
     "orders",
     "cache",
     "forecasting",
+    "unpacking",
     "files",
     "tables",
     "fetching",

@@ -153,3 +153,9 @@ def shown(value: object) -> str:
         return f"a list of {len(value)}"
     text = inert(masked(repr(value) if isinstance(value, str) else str(value)))
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 3]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text as one sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if text.endswith(".") else f"{text}."

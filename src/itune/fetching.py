@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from itune import cache, errors, files, recipes
-from itune.files import one_line
 
 COMMIT = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 PATIENCE = 30  # chosen: seconds that the hub has to say which commit a revision is
@@ -134,7 +133,7 @@ def _asked(
     except RepositoryNotFoundError as error:
         raise _absent(path) from error
     except failures as error:
-        silence = "HF_HUB_OFFLINE is set" if offline else one_line(error).rstrip(".")
+        silence = "HF_HUB_OFFLINE is set" if offline else errors.one_line(error).rstrip(".")
         if revision is not None and COMMIT.fullmatch(revision):
             return revision, silence
         return (known.read_text(encoding="utf-8") if known.is_file() else None), silence
@@ -174,14 +173,15 @@ def _loaded(source: recipes.Source, split: str, commit: str) -> Any:
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         raise errors.DataError(
-            f"{source.path}: cannot be read: {one_line(cause)} Name the files that can, with "
-            "data.*.data_files, or another revision."
+            f"{source.path}: cannot be read: {errors.one_line(cause)} Name the files that can, "
+            "with data.*.data_files, or another revision."
         ) from error
     except FileNotFoundError as error:
         raise _without_files(source) from error
     except (*failures, OSError) as error:
         raise errors.EnvironmentRefusal(
-            f"{source.path}: the hub stopped answering ({one_line(error)}). Run the command again."
+            f"{source.path}: the hub stopped answering ({errors.one_line(error)}). Run the "
+            "command again."
         ) from error
     except (ValueError, RuntimeError) as error:
         if "find cache" in str(error) and source.data_files is not None:
@@ -211,7 +211,7 @@ def _without_files(source: recipes.Source) -> errors.DataError:
 
 
 def _refused(source: recipes.Source, error: Exception) -> errors.DataError:
-    text = one_line(error)
+    text = errors.one_line(error)
     if "script" in text.lower():
         text += " Scripts are not run: ask for a version of it in Parquet."
     return errors.DataError(f"{source.path}: {text}")

@@ -100,6 +100,7 @@ DECIDING = (
     "sources",
     "templates",
     "tokenizing",
+    "unpacking",
 )
 
 

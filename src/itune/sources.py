@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import cache, errors, fetching, files, recipes, tables
-from itune.files import one_line
+from itune import cache, errors, fetching, files, recipes, tables, unpacking
 
 if TYPE_CHECKING:
     import datasets
@@ -54,7 +53,7 @@ class Rows:
                 raise
             after = f" on after row {number}" if number else ""
             raise errors.DataError(
-                f"{self.source.path}: cannot be read{after}: {one_line(error)} "
+                f"{self.source.path}: cannot be read{after}: {errors.one_line(error)} "
                 "Mend it; without streaming the file and line are told."
             ) from error
 
@@ -133,7 +132,7 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
     except (ValueError, OSError, KeyError) as error:
         raise errors.DataError(
             f"{source.path}: a folder that save_to_disk wrote, but not a whole one: "
-            f"{one_line(error)} Was the copy cut? Fetch it again."
+            f"{errors.one_line(error)} Was the copy cut? Fetch it again."
         ) from error
     name = _name(split, source.path)
     splits = dict(made) if isinstance(made, datasets.DatasetDict) else {name: made}
@@ -146,7 +145,9 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
             {str(key): len(each) for key, each in splits.items()}
         )
     except (ValueError, AssertionError) as error:
-        raise errors.DataError(f"{source.path}: split {split!r}: {one_line(error)}") from error
+        raise errors.DataError(
+            f"{source.path}: split {split!r}: {errors.one_line(error)}"
+        ) from error
     parts = [splits[each.splitname].select(range(each.from_, each.to)) for each in wanted]
     rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
     content = [
@@ -174,7 +175,7 @@ def _folder(source: recipes.Source, path: Path, split: str) -> Rows:
     if not found:
         raise errors.DataError(
             f"{source.path}: a folder without files of rows. Known kinds: "
-            f"{', '.join(files.BUILDERS)}, each also packed as {', '.join(files.PACKED)}."
+            f"{', '.join(files.BUILDERS)}, each also packed as {', '.join(unpacking.PACKED)}."
         )
     return _files(source, _of_split(source, found, _name(split, source.path), path), split)
 
@@ -229,7 +230,7 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
     if source.streaming:
         return _stream(source, names, suffix, options, split)
     builder = files.BUILDERS[suffix]
-    paths = [files.unpacked(Path(each)) for each in names]
+    paths = [unpacking.unpacked(Path(each)) for each in names]
     notes: tuple[str, ...] = ()
     if files.check(paths, names, suffix, source.field):
         notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
@@ -275,7 +276,7 @@ def _stream(
     states = [Path(each).stat() for each in names]
     content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
     if builder == "csv":
-        with files.opened(Path(names[0])) as file:
+        with unpacking.opened(Path(names[0])) as file:
             options["sep"] = tables.separator(file, suffix)
     rows = _built(source, builder, split, [Path(each) for each in names], streaming=True, **options)
     return Rows(source, rows, ["files", builder, content, options, None, True])
@@ -290,11 +291,11 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
             "kind with a pattern such as *.jsonl, or make two sources."
         )
     (suffix,) = kinds
-    if files.is_tar(names[0]):
+    if unpacking.is_tar(names[0]):
         raise errors.DataError(
             f"{names[0]}: a tar archive, which is not read. Unpack it and name the folder."
         )
-    if suffix in files.PACKED:
+    if suffix in unpacking.PACKED:
         raise errors.DataError(
             f"{names[0]}: its name does not say what is packed in it. Call it as in rows.jsonl"
             f"{suffix}."
@@ -327,11 +328,11 @@ def _built(
         if "column names don't match" in str(cause):
             raise errors.DataError(
                 f"{source.path}: its files do not have the same columns: "
-                f"{one_line(cause).partition(' because ')[0]}. Make a source of each kind, with "
-                "rename where it is needed."
+                f"{errors.one_line(cause).partition(' because ')[0]}. Make a source of each kind, "
+                "with rename where it is needed."
             ) from error
         raise errors.DataError(
-            f"{source.path}: cannot be read as {builder}: {one_line(cause)} "
+            f"{source.path}: cannot be read as {builder}: {errors.one_line(cause)} "
             "Check the file and data.*.split."
         ) from error
 

@@ -15,17 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import (
-    data,
-    encoding,
-    errors,
-    families,
-    folding,
-    locating,
-    origins,
-    recipes,
-    weights,
-)
+from itune import data, encoding, errors, families, folding, locating, origins, recipes, weights
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 

@@ -141,8 +141,8 @@ class _Made:
         price, watts = self.recipe.plan.price_per_hour, self.recipe.plan.watts
         found = replace(
             found,
-            cost=None if price is None else round(price * hours, 4),
-            energy=None if watts is None else round(watts * hours, 1),
+            cost=None if price is None else price * hours,
+            energy=None if watts is None else watts * hours,
         )
         if not found.fits:
             longest = int(self.corpus.lengths.max())

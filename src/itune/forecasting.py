@@ -124,9 +124,9 @@ def rows(found: Forecast) -> list[list[str]]:
     if found.beside >= 1:
         parts["time"] += f", and {clock(found.beside)} for the held-out loss"
     if found.cost is not None:
-        parts["cost"] = f"{found.cost:,.2f}"
+        parts["cost"] = f"{found.cost:,.2f}" if found.cost >= 1 else f"{found.cost:.2g}"
     if found.energy is not None:
-        parts["energy"] = f"{found.energy / 1000:,.3f} kWh"
+        parts["energy"] = f"{found.energy / 1000:.3g} kWh"
     return [
         [name if number == 0 else "", line]
         for name, text in parts.items()

@@ -69,6 +69,8 @@ ORDER = (
     "vocabularies",
     "weights",
     "locating",
+    "configs",
+    "generation",
     "adapters",
     "folding",
     "models",

@@ -20,11 +20,12 @@ import torch
 from itune import (
     adapters,
     cards,
-    decoding,
+    configs,
     encoding,
     errors,
     families,
     folding,
+    generation,
     locating,
     models,
     origins,
@@ -87,7 +88,7 @@ def finish(
     staged = run.dir / ".model"
     model.eval()
     if encoder.family != families.MASKED:
-        model.generation_config = decoding.settings(recipe.generation, encoder)
+        model.generation_config = generation.settings(recipe.generation, encoder)
         start = getattr(model.config, "decoder_start_token_id", None)
         model.generation_config.decoder_start_token_id = start
         model.config.use_cache = True
@@ -152,7 +153,7 @@ def merge(run: runs.Run, say: Say) -> None:
     ModelError where it does not, and leaves no merged folder of it.
     """
     named = recipes.Model(name=str(run.model_dir))
-    encoder, place = models.encoder(named), models.placement(named)
+    encoder, place = configs.encoder(named), models.placement(named)
     model = models.adapted(str(run.dir), str(run.model_dir), named, place)
     staged, folder = run.dir / ".merged", run.dir / "merged"
     samples = [_sample(encoder, text, place) for text in SAMPLES]

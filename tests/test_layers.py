@@ -76,6 +76,7 @@ ORDER = (
     "models",
     "fingerprints",
     "checkpoints",
+    "bests",
     "jobs",
     "diverging",
     "compiling",

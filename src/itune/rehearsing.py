@@ -190,8 +190,12 @@ def _refuse_little_room(
 def checkpoints_more(settings: recipes.Training, steps: int, left: int, there: int = 0) -> int:
     """How many checkpoints a run with so many steps to go will add to those that are there."""
     saves = math.ceil(left / plans.share_or_count(settings.save_steps, steps))
+    kept = settings.save_total_limit
+    if settings.keeps_best:
+        saves += math.ceil(left / plans.share_or_count(settings.eval_steps, steps))
+        kept += 1
     # One more than are kept: the oldest goes when the newest is whole.
-    return min(saves, max(1, settings.save_total_limit + 1 - there))
+    return min(saves, max(1, kept + 1 - there))
 
 
 def result_bytes(recipe: recipes.Recipe, model: Any) -> int:

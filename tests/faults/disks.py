@@ -44,13 +44,19 @@ class FaultyDisk(storage.Disk):
         self._fail_now(lambda: super(FaultyDisk, self).make_folder(path))
         super().make_folder(path)
 
-    def produce(self, path: Path, produce: Callable[[Path], None]) -> None:
+    def produce(self, path: Path, produce: Callable[[Path], object]) -> None:
         def half() -> None:
             produce(path)
-            os.truncate(path, path.stat().st_size // 2)
+            made = [path] if path.is_file() else sorted(path.iterdir())[:1]
+            for each in made:
+                os.truncate(each, each.stat().st_size // 2)
 
         self._fail_now(half)
         super().produce(path, produce)
+
+    def append(self, path: Path, text: str) -> None:
+        self._fail_now(lambda: super(FaultyDisk, self).append(path, text[: len(text) // 2]))
+        super().append(path, text)
 
     def sync(self, path: Path) -> None:
         self._fail_now(lambda: None)

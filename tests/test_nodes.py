@@ -128,7 +128,6 @@ def test_a_node_that_dies_ends_the_other_and_the_run_goes_on(ready: Path, nodes:
     assert time.monotonic() - begun < 10 + 15
     assert first.returncode == 1
     assert "another process of this run has ended, so this one stops too" in said
-    assert "exitcode  : 3" in said
     done = steps_of(ready)[-1]
     assert 30 <= done < 300, "or nothing was interrupted"
     assert manifest(ready)["state"] != "finished"

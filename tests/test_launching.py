@@ -125,6 +125,16 @@ def test_several_that_cannot_be_counted_are_refused(
     assert not (ready / "runs").exists()
 
 
+def test_processes_of_mpi_are_refused(
+    ready: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under(monkeypatch, OMPI_COMM_WORLD_SIZE="2")
+    ended = cli("tune", "-r", "run.yaml")
+    assert ended.code == 3
+    assert "started 2 processes by MPI" in ended.err
+    assert not (ready / "runs").exists()
+
+
 COMBINED = {
     "full": [],
     "lora": [LORA.replace("lora_dropout: 0.1", "lora_dropout: 0")],

@@ -10,6 +10,7 @@ from pathlib import Path
 from itune import errors
 
 MARK = "ACCELERATE_DYNAMO_BACKEND"  # set for whatever `accelerate launch` starts
+MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 NAMES = ("accelerate-launch", "accelerate.commands.launch", "launch")
 
 
@@ -22,6 +23,12 @@ def asked() -> int | None:
     """
     if "WORLD_SIZE" in os.environ or MARK not in os.environ:
         return None
+    for name in MPI:
+        if int(os.environ.get(name, "1")) > 1:
+            raise errors.EnvironmentRefusal(
+                f"accelerate launch: started {os.environ[name]} processes by MPI, which itune does "
+                "not use. Start them with torchrun instead (docs/cluster.md)."
+            )
     found = _of_parents()
     if found is None and "MASTER_PORT" in os.environ:  # set for several alone
         raise errors.EnvironmentRefusal(

@@ -25,7 +25,7 @@ import numpy as np
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from itune import formats, likelihoods, locating, models, recipes
+from itune import configs, formats, likelihoods, locating, models, recipes
 
 TASK = """\
 task: choices
@@ -85,7 +85,7 @@ def of_itune(rows: list[dict[str, Any]], folder: Path, stop: str) -> np.ndarray:
     """The same by itune."""
     wanted = recipes.Model(name=str(folder), dtype="float32")
     model = models.load(wanted, models.placement(wanted)).eval()
-    encoder = models.encoder(wanted)
+    encoder = configs.encoder(wanted)
     prompts = [[formats.Message("user", row["prompt"])] for row in rows]
     choices = [choice.removesuffix(stop) for choice in rows[0]["choices"]]
     return likelihoods.chances(model, encoder, prompts, choices).nats
@@ -99,7 +99,7 @@ def main() -> int:
     given = parser.parse_args()
     otherwise = 0
     for folder in given.models:
-        encoder = models.encoder(recipes.Model(name=str(folder)))
+        encoder = configs.encoder(recipes.Model(name=str(folder)))
         stop = encoder.tokenizer.convert_ids_to_tokens(encoder.stop_id)
         rows = asked(given.evaluation, stop)
         settings = locating.adapter_of(str(folder))

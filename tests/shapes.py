@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from itune import models
+from itune import vocabularies
 
 
 class Shape(NamedTuple):
@@ -327,4 +327,4 @@ def tokenizer(kind: str, shape: str) -> Any:
     )
     made.add_special_tokens({"additional_special_tokens": list(special)})
     made.add_tokens([AddedToken(token, normalized=False) for token in added])
-    return models.with_template(made)
+    return vocabularies.with_template(made)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 
-from itune import console, encoding, formats, models, speaking, stepping
+from itune import console, encoding, formats, speaking, stepping, vocabularies
 
 Cli = Callable[..., Any]
 
@@ -37,7 +37,7 @@ class _Terminal(io.StringIO):
 
 
 def test_parts_of_an_answer_make_up_its_text() -> None:
-    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    encoder = encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
     text = "héllo  wörld\n\n  日本語 🙂 end"
     parts: list[str] = []
     heard = speaking.Heard(encoder, parts.append)

@@ -12,15 +12,16 @@ from conftest import tiny_tokenizer
 
 from itune import (
     cases,
+    configs,
     data,
     encoding,
     errors,
     formats,
-    models,
     preparing,
     recipes,
     sources,
     starting,
+    vocabularies,
 )
 
 
@@ -81,7 +82,7 @@ def test_where_a_prompt_is_cut_does_not_tell_its_answer(
     text = "the cat sees the red ball at home today and never finds some bread " * 4
     rows = [{"text": text, "label": label} for label in (0, 1)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    encoder = encoding.Encoder(configs.tokenizer(str(tiny_tokenizer_dir)))
     source = recipes.Source(path="rows.jsonl", template="./judge.yaml")
     made = data.corpus([source], encoder, recipes.Training(max_length=80))
     prompts = [
@@ -100,7 +101,7 @@ def test_a_long_instruction_is_cut_beside_a_long_answer(
         "output": "the small dog likes it " * 12,
     }
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    encoder = encoding.Encoder(configs.tokenizer(str(tiny_tokenizer_dir)))
     source = recipes.Source(path="rows.jsonl", template="alpaca")
     made = data.corpus([source], encoder, recipes.Training(max_length=250))
     ids, learnt = made.example(0)
@@ -118,7 +119,7 @@ def test_a_prompt_is_cut_at_the_side_that_its_template_says(
     )
     row = {"text": f"begin {'the red ball ' * 40} end", "said": "ball"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    encoder = encoding.Encoder(configs.tokenizer(str(tiny_tokenizer_dir)))
     source = recipes.Source(path="rows.jsonl", template="./ask.yaml")
     made = data.corpus([source], encoder, recipes.Training(max_length=90))
     text = encoder.decode(made.example(0)[0].tolist())
@@ -130,7 +131,7 @@ def test_a_prompt_is_cut_at_the_side_that_its_template_says(
 def test_control_strings_in_the_data_are_counted(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
     texts = ["plain", "an end </s> within", "none", "<pad>"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    encoder = encoding.Encoder(models.tokenizer(str(tiny_tokenizer_dir)))
+    encoder = encoding.Encoder(configs.tokenizer(str(tiny_tokenizer_dir)))
     made = data.corpus([recipes.Source(path="rows.jsonl")], encoder, recipes.Training())
     assert made.counts.guarded == 2
 
@@ -159,7 +160,7 @@ def test_a_row_far_too_long_is_cut_as_if_it_were_tokenized_whole(
         path=str(tmp_path / "rows.jsonl"),
         template=str(tmp_path / "t.yaml") if kind == "template" else None,
     )
-    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    encoder = encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
     made = []
     for window in (16, 1_000_000):
         monkeypatch.setattr("itune.fitting.WINDOW", window)
@@ -185,7 +186,7 @@ def test_an_answer_far_too_long_is_left_out_and_counted(tmp_path: Path) -> None:
         + "\n"
         + json.dumps({"messages": [talk[0], talk[0] | {"role": "assistant"}]})
     )
-    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    encoder = encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
     given = [recipes.Source(path=str(tmp_path / f"{name}.jsonl")) for name in ("rows", "talk")]
     made = data.corpus(given, encoder, recipes.Training(max_length=60))
     assert (made.counts.read, made.counts.rows, made.counts.too_long) == (4, 2, 2)
@@ -201,7 +202,7 @@ def test_a_row_of_many_megabytes_is_cut_in_little_memory(tmp_path: Path) -> None
         "task: generation\nprompts: ['{{ input | trim }} what?']\nresponse: '{{ output }}'\n"
     )
     opened = sources.read(recipes.Source(path=str(source), template=str(tmp_path / "t.yaml")))
-    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    encoder = encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
     job = preparing.Job(
         opened, cases.reading(opened), encoder, recipes.Training(max_length=64), None
     )
@@ -221,7 +222,7 @@ def test_a_stream_is_told_to_be_looked_at_in_part(tmp_path: Path) -> None:
         "model: {name: m}\n"
         f"data: {{train: {{path: {tmp_path / 'rows.jsonl'}, streaming: true}}}}\n"
     )
-    encoder = encoding.Encoder(models.with_template(tiny_tokenizer()))
+    encoder = encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
     made = data.corpus(recipe.data.train, encoder, recipes.Training(max_steps=1))
     said = [line for line in starting.counted(made, 1) if "a stream" in line]
     assert len(said) == 1
@@ -239,7 +240,7 @@ def thoughts(path: Path) -> recipes.Source:
 def thinking() -> encoding.Encoder:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<think>", "</think>"])
-    return encoding.Encoder(models.with_template(tokenizer))
+    return encoding.Encoder(vocabularies.with_template(tokenizer))
 
 
 def test_control_strings_of_answers_are_told_with_the_way_to_learn_them(tmp_path: Path) -> None:

@@ -10,7 +10,18 @@ import torch
 import transformers
 from conftest import tiny_tokenizer
 
-from itune import adapters, decoding, encoding, errors, folding, models, picking, slots, stepping
+from itune import (
+    adapters,
+    decoding,
+    encoding,
+    errors,
+    folding,
+    generation,
+    picking,
+    slots,
+    stepping,
+    vocabularies,
+)
 
 SIZE: dict[str, Any] = {
     "vocab_size": 320,
@@ -55,7 +66,7 @@ def made(kind: str) -> Any:
 
 @pytest.fixture(scope="module")
 def encoder() -> encoding.Encoder:
-    return encoding.Encoder(models.with_template(tiny_tokenizer()))
+    return encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
 
 
 def prompts(n: int = 7) -> list[list[int]]:
@@ -67,7 +78,7 @@ def prompts(n: int = 7) -> list[list[int]]:
 
 
 def settings(encoder: encoding.Encoder, **fields: Any) -> Any:
-    wanted = decoding.settings({"max_new_tokens": 16, **fields}, encoder)
+    wanted = generation.settings({"max_new_tokens": 16, **fields}, encoder)
     wanted.eos_token_id = list(range(1, 30))  # so that answers end early, and at different places
     return wanted
 
@@ -218,12 +229,12 @@ def test_tokens_are_told_as_they_come(encoder: encoding.Encoder) -> None:
     assert heard == list(found.ids[:-1] if found.stop == "stop" else found.ids)
 
 
-@pytest.mark.parametrize("name", [*decoding.FETCHED, *decoding.BESIDES])
+@pytest.mark.parametrize("name", [*generation.FETCHED, *generation.BESIDES])
 def test_a_field_that_gives_no_answer_is_refused_by_name(
     name: str, encoder: encoding.Encoder
 ) -> None:
     with pytest.raises(errors.RecipeError, match=f"generation.{name}: 2 "):
-        decoding.settings({name: 2}, encoder)
+        generation.settings({name: 2}, encoder)
 
 
 def test_own_stop_tokens_are_added_and_every_drawing_field_draws(
@@ -231,7 +242,9 @@ def test_own_stop_tokens_are_added_and_every_drawing_field_draws(
 ) -> None:
     both = {encoder.stop_id, encoder.eos_id}
     for own in (7, [7]):
-        assert decoding.settings({"eos_token_id": own}, encoder).eos_token_id == sorted({*both, 7})
-    for name in decoding.SAMPLING:
+        assert generation.settings({"eos_token_id": own}, encoder).eos_token_id == sorted(
+            {*both, 7}
+        )
+    for name in generation.SAMPLING:
         value = 5 if name == "top_k" else 0.5
-        assert decoding.settings({name: value}, encoder).do_sample, name
+        assert generation.settings({name: value}, encoder).do_sample, name

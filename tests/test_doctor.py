@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 
-from itune import doctor, encoding, errors, models
+from itune import doctor, encoding, errors, vocabularies
 
 TEMPLATE = """
 task: qa
@@ -148,7 +148,7 @@ def test_a_clean_bill_is_one_line(
 
 @pytest.fixture
 def encoder() -> encoding.Encoder:
-    return encoding.Encoder(models.with_template(tiny_tokenizer()))
+    return encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
 
 
 @pytest.mark.parametrize(

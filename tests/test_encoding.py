@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import tiny_tokenizer
 
-from itune import encoding, errors, formats, models
+from itune import encoding, errors, formats, vocabularies
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -36,7 +36,7 @@ def encoder(request: pytest.FixtureRequest) -> encoding.Encoder:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.add_tokens(["<think>"])
         tokenizer.chat_template = CHATML
-    return encoding.Encoder(models.with_template(tokenizer))
+    return encoding.Encoder(vocabularies.with_template(tokenizer))
 
 
 def learnt(encoder: encoding.Encoder, tokens: encoding.Tokens) -> str:
@@ -94,7 +94,7 @@ def test_a_template_without_end_gets_the_end_of_sequence_token() -> None:
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    encoder = encoding.Encoder(models.with_template(tokenizer))
+    encoder = encoding.Encoder(vocabularies.with_template(tokenizer))
     tokens = encoder.conversation(turns("one?", "first"))
     assert tokens.ids[-1] == tokenizer.eos_token_id
     assert tokens.supervised[-1]
@@ -106,7 +106,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         "{% for m in messages %}{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}"
         "{% endif %}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    encoder = encoding.Encoder(models.with_template(tokenizer))
+    encoder = encoding.Encoder(vocabularies.with_template(tokenizer))
     with pytest.raises(errors.DataError, match="train_on: last"):
         encoder.conversation(turns("one?", "first", "two?", "second"))
     assert learnt(encoder, encoder.conversation(turns("a", "b", "c", "d"), train_on="last"))

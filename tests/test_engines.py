@@ -15,7 +15,7 @@ import torch
 import transformers
 from conftest import sentences, tiny_tokenizer
 
-from itune import decoding, engines, errors, models, recipes
+from itune import configs, engines, errors, generation, recipes, vocabularies
 
 STANDINS = Path(__file__).parent / "standins"
 TEMPLATE = 'task: generation\nprompts: ["Say: {{ text }}"]\nresponse: "{{ said }}"\n'
@@ -67,7 +67,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = transformers.LlamaForCausalLM(config)
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
     model.save_pretrained(folder)
-    models.with_template(tiny_tokenizer()).save_pretrained(folder)
+    vocabularies.with_template(tiny_tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -82,7 +82,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
-    models.with_template(tiny_tokenizer()).save_pretrained(folder)
+    vocabularies.with_template(tiny_tokenizer()).save_pretrained(folder)
     return folder
 
 
@@ -92,8 +92,8 @@ def asked(folder: Path, n: int = 6) -> None:
 
 
 def serve(folder: Path) -> engines.Served:
-    encoder = models.encoder(recipes.Model(name=str(folder)))
-    wanted = decoding.settings({}, encoder)
+    encoder = configs.encoder(recipes.Model(name=str(folder)))
+    wanted = generation.settings({}, encoder)
     return engines.serve(
         engines.Engine("vllm"), str(folder), wanted, dtype="float32", family="causal"
     )

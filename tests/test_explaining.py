@@ -15,7 +15,7 @@ import transformers
 from conftest import tiny_model, tiny_tokenizer
 from test_reports import HOSTILE, Page
 
-from itune import console, encoding, explaining, families, models, shades
+from itune import console, encoding, explaining, families, shades, vocabularies
 
 Cli = Callable[..., Any]
 PROMPT, ANSWER = "the cat sees the red ball. What?", "some bread"
@@ -48,7 +48,7 @@ def made(kind: str) -> tuple[Any, encoding.Encoder]:
         settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
         model = peft.get_peft_model(model, settings)
     family = "seq2seq" if model.config.is_encoder_decoder else "causal"
-    encoder = families.encoder(family, models.with_template(tiny_tokenizer()))
+    encoder = families.encoder(family, vocabularies.with_template(tiny_tokenizer()))
     return model.double().eval(), encoder
 
 

@@ -16,6 +16,7 @@ from conftest import sentences, tiny_model, tiny_tokenizer
 
 from itune import (
     batches,
+    configs,
     data,
     encoding,
     errors,
@@ -189,7 +190,7 @@ def killed_and_resumed(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def reloaded_without_itune(folder: Path, family: str) -> None:
     """What transformers loads from the folder answers as what itune loads, to the last bit."""
     named = recipes.Model(name=str(folder))
-    assert models.family_of(named) == family
+    assert configs.family_of(named) == family
     ours = models.load(named, models.placement(named)).eval()
     auto = getattr(transformers, models.CLASSES[family])
     theirs = auto.from_pretrained(folder, dtype=ours.dtype).eval()
@@ -248,7 +249,7 @@ def conversation(answer: str) -> list[formats.Message]:
 
 
 def test_an_encoder_decoder_reads_the_prompt_and_learns_the_answer_and_its_end() -> None:
-    encoder = families.encoder("seq2seq", models.with_template(tiny_tokenizer(), "seq2seq"))
+    encoder = families.encoder("seq2seq", vocabularies.with_template(tiny_tokenizer(), "seq2seq"))
     made = encoder.conversation(conversation("some bread"))
     begin = made.supervised.index(True)
     assert made.supervised == [False] * begin + [True] * (len(made.ids) - begin)
@@ -258,7 +259,7 @@ def test_an_encoder_decoder_reads_the_prompt_and_learns_the_answer_and_its_end()
 
 
 def test_the_number_of_masks_tells_nothing_of_the_answer() -> None:
-    tokenizer = models.with_template(tiny_tokenizer(), "masked")
+    tokenizer = vocabularies.with_template(tiny_tokenizer(), "masked")
     encoder = families.encoder("masked", tokenizer).answering(["sad", "a long old answer"])
     short, long = (
         encoder.conversation(conversation(answer)) for answer in ("sad", "a long old answer")
@@ -285,7 +286,7 @@ def collated(encoder: encoding.Encoder, corpus: data.Corpus, model: Any) -> batc
 
 
 def answers(family: str, n: int = 6) -> tuple[encoding.Encoder, data.Corpus]:
-    tokenizer = models.with_template(tiny_tokenizer(), family)
+    tokenizer = vocabularies.with_template(tiny_tokenizer(), family)
     choices = ["sad", "a long old answer"]
     encoder = families.encoder(family, tokenizer).answering(choices)
     rows = [

@@ -288,12 +288,12 @@ def test_the_base_of_an_adapter_is_the_same_loaded_model(
 
 def assert_bits_are_of_bytes(folder: Path, found: dict[str, Any]) -> None:
     """Of all bytes but those of the first token of each text, a share like that of the tokens."""
-    from itune import models, recipes, sources
+    from itune import configs, recipes, sources
 
     recipe = recipes.load(folder / "runs/lora/recipe.yaml")
     rows = sources.read(recipes.Source(path=str(folder / found["data"]), limit=found["rows"]))
     lines = [row["text"] for row in rows.data]
-    encoder = models.encoder(recipe.model)
+    encoder = configs.encoder(recipe.model)
     tokens = [len(each.ids) for each in encoder.documents(lines)]
     sizes = [len(line.encode()) * (n - 1) / n for line, n in zip(lines, tokens, strict=True)]
     nats = np.log(found["scores"]["perplexity"]["value"]) * (sum(tokens) - len(tokens))

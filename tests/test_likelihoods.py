@@ -11,7 +11,7 @@ import torch
 import transformers
 from conftest import tiny_model, tiny_tokenizer
 
-from itune import encoding, likelihoods, models
+from itune import encoding, likelihoods, vocabularies
 from itune.formats import Message
 
 CHOICES = ["glad", "sad", "not so sure about it", "x"]
@@ -25,7 +25,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def encoder() -> encoding.Encoder:
-    return encoding.Encoder(models.with_template(tiny_tokenizer()))
+    return encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
 
 
 def gpt2() -> Any:

@@ -27,6 +27,7 @@ from itune import (
     objectives,
     probing,
     recipes,
+    vocabularies,
 )
 
 FAMILIES = ("causal", "seq2seq", "masked")
@@ -82,7 +83,7 @@ def digest(named: Any) -> dict[str, str]:
 
 def rows_for(family: str) -> tuple[Any, data.Corpus]:
     choices = ["sad", "very glad"]
-    tokenizer = models.with_template(tiny_tokenizer(), family)
+    tokenizer = vocabularies.with_template(tiny_tokenizer(), family)
     encoder = families.encoder(family, tokenizer).answering(choices)
     rows = [
         [formats.Message("user", text), formats.Message("assistant", choices[k % 2])]
@@ -296,7 +297,7 @@ def test_a_stop_token_that_an_adapter_can_never_learn_is_told_of(
     tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    whole, tokenizer = tiny_model("causal"), models.with_template(tiny_tokenizer())
+    whole, tokenizer = tiny_model("causal"), vocabularies.with_template(tiny_tokenizer())
     stop = families.encoder("causal", tokenizer).stop_id
     fields = {"peft_type": "lora", "target_modules": "all-linear"}
 

@@ -16,7 +16,7 @@ import pytest
 import rich.console
 from conftest import sentences
 
-from itune import console, data, encoding, firsts, models, previewing, recipes
+from itune import configs, console, data, encoding, firsts, previewing, recipes
 
 MOOD = """
 task: classification
@@ -60,7 +60,7 @@ def recipe_of(train: Any, model: Path, **training: Any) -> recipes.Recipe:
 
 
 def encoder_of(recipe: recipes.Recipe) -> encoding.Encoder:
-    return encoding.Encoder(models.tokenizer(recipe.model.name or ""))
+    return encoding.Encoder(configs.tokenizer(recipe.model.name or ""))
 
 
 MIXTURES = {
@@ -260,7 +260,7 @@ def test_a_piece_of_a_long_text_says_which_it_is(
 
 
 def test_what_a_stretch_says_is_what_its_ids_say(tiny_model_dir: Path) -> None:
-    encoder = encoding.Encoder(models.tokenizer(str(tiny_model_dir)))
+    encoder = encoding.Encoder(configs.tokenizer(str(tiny_model_dir)))
     ids = encoder.text_ids("é, 漢字 and 🙂 smile")
     draw = np.random.default_rng(1)
     cut = encoding.Tokens(ids, [bool(each) for each in draw.integers(0, 2, len(ids))])

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_tokenizer
 from test_commands import write
 
-from itune import data, encoding, errors, models, recipes, shots, templates
+from itune import data, encoding, errors, recipes, shots, templates, vocabularies
 
 PLACE = """
 task: qa
@@ -30,7 +30,7 @@ LONG = "one two three four five six seven eight nine ten eleven twelve thirteen 
 
 @pytest.fixture(scope="module")
 def encoder() -> encoding.Encoder:
-    return encoding.Encoder(models.with_template(tiny_tokenizer()))
+    return encoding.Encoder(vocabularies.with_template(tiny_tokenizer()))
 
 
 def row(text: str, place: str = "home") -> dict[str, Any]:

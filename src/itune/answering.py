@@ -79,18 +79,18 @@ class Answerer:
         like: Answerer | None = None,
     ) -> None:
         """like: take its tokenizer and its prompts, to the last token: those of the tuned model."""
-        from itune import decoding, models
+        from itune import configs, generation, models
 
         self.recipe, self.location, self.asked, self.say = recipe, location, asked, say
         revision = recipe.model.revision if location == recipe.model.name else None
         self.named = recipes.Model(name=location, dtype=recipe.model.dtype, revision=revision)
         self.place = models.placement(self.named)
-        self.config = models.config_of(self.named)
+        self.config = configs.config_of(self.named)
         if like is None:
-            self.encoder = models.encoder(self.named)
+            self.encoder = configs.encoder(self.named)
         else:
             self.encoder = like.encoder
-        self.wanted = decoding.settings(recipe.generation, self.encoder)
+        self.wanted = generation.settings(recipe.generation, self.encoder)
         self.tasks: list[data.Task] = self._tasks() if like is None else like.tasks
         self.tokens = 0
         self.seconds = 0.0
@@ -265,7 +265,7 @@ class Answerer:
         return sum(tokens for tokens, _ in rates), max(seconds for _, seconds in rates)
 
     def _ask(self, task: data.Task, cases: list[data.Case], kept: predictions.Kept) -> None:
-        from itune import decoding, likelihoods
+        from itune import decoding, generation, likelihoods
 
         model, started = self.model, time.monotonic()
         told = self.counting(task.name, len(cases), "answers")
@@ -275,7 +275,7 @@ class Answerer:
             told()
 
         if not self.chosen(task):
-            decoding.refuse_masked(self.encoder, self.location)
+            generation.refuse_masked(self.encoder, self.location)
         if self.chosen(task):
             choices = task.template.choices
             likelihoods.choose(

@@ -276,12 +276,13 @@ class _Card:
     def training(self) -> str:
         """What was trained, for how long, and where it ended."""
         made = self.manifest
-        heldout = made.get("heldout_loss")
+        heldout, best = made.get("heldout_loss"), made.get("best_step")
+        chosen = " at the end" if best is None else f" after step {best:,}, whose weights these are"
         return (
             f"{made.get('trainable', 0):,} of {made.get('parameters', 0):,} parameters in "
             f"{made['steps']:,} steps. The loss was {float(made['loss']):.4f} nats a token "
             "over the last twentieth of them"
-            + ("." if heldout is None else f", {float(heldout):.4f} on held-out rows at the end.")
+            + ("." if heldout is None else f", {float(heldout):.4f} on held-out rows{chosen}.")
         )
 
     def limits(self) -> Iterator[str]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from itune import errors, storage
 
-VERSION = 1
+VERSION = 2  # 2: the best step
 MANIFEST = "manifest.json"
 PARTS = ("optimizer.safetensors", "rng.safetensors", "state.json", "weights.safetensors")
 Tensors = dict[str, torch.Tensor]
@@ -69,8 +69,10 @@ def set_random_state(state: Tensors) -> None:
 # --- saving -------------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
+def save(folder: Path, state: State, *, run_id: str, keep: int, best: int = 0) -> Path:
     """Publish a checkpoint under `folder`, then remove older ones of this run beyond `keep`.
+
+    best: the step whose checkpoint is kept as long as this one is; 0 where there is none.
 
     A checkpoint with its final name is whole: files are on disk before the manifest with their
     sha256, the manifest before the rename. A published one is never written to again. Raises
@@ -84,7 +86,7 @@ def save(folder: Path, state: State, *, run_id: str, keep: int) -> Path:
         storage.DISK.make_folder(folder)
         _clear(folder, run_id)
         storage.DISK.make_folder(staged)
-        _write(staged, state, run_id)
+        _write(staged, state, run_id, best)
         if final.exists():  # one that was passed over as broken: never deleted
             storage.DISK.rename(final, _aside(final))
         storage.DISK.rename(staged, final)
@@ -124,7 +126,7 @@ def _aside(path: Path) -> Path:
     return aside
 
 
-def _write(folder: Path, state: State, run_id: str) -> None:
+def _write(folder: Path, state: State, run_id: str, best: int) -> None:
     moments, settings = _split(state.optimizer)
     rng = {f"{rank}.{name}": t for rank, each in enumerate(state.rng) for name, t in each.items()}
     _write_tensors(folder / "weights.safetensors", state.weights)
@@ -140,6 +142,7 @@ def _write(folder: Path, state: State, run_id: str) -> None:
         "version": VERSION,
         "run": run_id,
         "step": state.step,
+        "best": best,
         "processes": len(state.rng),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -264,10 +267,16 @@ def load(path: Path) -> State:
 def _rotate(folder: Path, run_id: str, keep: int) -> None:
     """Remove this run's checkpoints beyond the newest `keep`; never what another made.
 
+    Nor the best of those that stay: each may be the one from which the run goes on.
+
     One that cannot be removed is left for the next time: the new one is published already.
     """
-    own = [path for path in storage.numbered(folder) if _owner(path) == run_id]
-    for path in own[max(1, keep) :]:
+    own = [path for path in storage.numbered(folder) if _known(path, "run") == run_id]
+    kept = max(1, keep)
+    best = {_known(path, "best") for path in own[:kept]}
+    for path in own[kept:]:
+        if int(path.name) in best:
+            continue
         trash = path.with_name(f".trash-{run_id}-{path.name}")
         try:
             storage.DISK.rename(path, trash)
@@ -276,10 +285,11 @@ def _rotate(folder: Path, run_id: str, keep: int) -> None:
             return
 
 
-def _owner(path: Path) -> str | None:
+def _known(path: Path, key: str) -> Any:
+    """A field of a checkpoint's manifest; None where it has none."""
     try:
-        return str(_manifest(path)["run"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return _manifest(path).get(key)
+    except (OSError, ValueError, AttributeError):
         return None
 
 

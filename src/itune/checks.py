@@ -137,6 +137,15 @@ def _check_training(document: yamls.Document) -> None:
             ("training", "micro_batch_tokens"),
             f"{micro} is more than tokens_per_step, {tokens}. Lower it or leave it out.",
         )
+    for name in ("patience", "load_best_model_at_end"):
+        if training.get(name) and not (
+            _section(document, "data").get("eval") and training.get("heldout_rows", 1)
+        ):
+            document.fault(
+                ("training", name),
+                "goes by the held-out loss, and none is measured. Give data.eval, and leave "
+                "training.heldout_rows above 0.",
+            )
 
 
 # --- options over the file -----------------------------------------------------------------------

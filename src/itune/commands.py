@@ -178,11 +178,11 @@ def _summary(run: runs.Run) -> dict[str, Any]:
 def _preview(
     recipe: recipes.Recipe, command: str, common: Common, screen: console.Screen, number: int
 ) -> None:
-    from itune import doctor, families, models, previewing, starting
+    from itune import configs, doctor, families, previewing
 
     still()
-    made = starting.tokenizer(recipe, None, command)
-    encoder = families.encoder(models.family_of(recipe.model), made)
+    made = configs.asked_tokenizer(recipe, None, command)
+    encoder = families.encoder(configs.family_of(recipe.model), made)
     shown = previewing.show(
         recipe, encoder, number, screen, command=command, verbose=common.verbose
     )

@@ -21,6 +21,7 @@ from itune import (
     attention,
     batches,
     cheaper,
+    configs,
     doctor,
     errors,
     families,
@@ -67,7 +68,7 @@ class _Made:
     ) -> None:
         self.recipe, self.processes = recipe, processes
         self.place = models.placement(recipe.model)
-        self.tokenizer = starting.tokenizer(recipe, None, command)
+        self.tokenizer = configs.asked_tokenizer(recipe, None, command)
         self.encoder, self.corpus, self.heldout = starting.read(recipe, self.tokenizer, command)
         for line in (
             *starting.counted(self.corpus, recipe.training.seed),

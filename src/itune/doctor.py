@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from itune import data, decoding, encoding, errors, families, formats, recipes, samples
+from itune import data, encoding, errors, families, formats, generation, recipes, samples
 
 SAMPLE_ROWS = 64  # chosen: what is wrong with a template is wrong in every row or in every few
 ROLES = ("assistant", "model", "gpt", "bot", "ai", "user", "human", "system")
@@ -110,7 +110,7 @@ def check(recipe: recipes.Recipe, encoder: encoding.Encoder, say: Callable[[str]
     """
     if encoder.family == families.MASKED:
         return
-    stops = decoding.settings(recipe.generation, encoder).eos_token_id
+    stops = generation.settings(recipe.generation, encoder).eos_token_id
     _refuse_stops(recipe.data.train, encoder, stops)
     heed(examine(recipe.data.train, encoder, recipe.training, stops), say)
 

@@ -20,11 +20,12 @@ import torch
 from itune import (
     adapters,
     cards,
-    decoding,
+    configs,
     encoding,
     errors,
     families,
     folding,
+    generation,
     locating,
     models,
     origins,
@@ -66,8 +67,8 @@ def base_of(
     folder = run.dir / "base"
     if keep and not folder.is_dir():
         staged = run.dir / ".base"
-        model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        storage.DISK.produce(staged, model.save_pretrained)
+        storage.DISK.produce(staged, tokenizer.save_pretrained)
         storage.publish(staged, folder)
     return str(folder.absolute())
 
@@ -87,14 +88,15 @@ def finish(
     staged = run.dir / ".model"
     model.eval()
     if encoder.family != families.MASKED:
-        model.generation_config = decoding.settings(recipe.generation, encoder)
+        model.generation_config = generation.settings(recipe.generation, encoder)
         start = getattr(model.config, "decoder_start_token_id", None)
         model.generation_config.decoder_start_token_id = start
         model.config.use_cache = True
-    adapters.save(model, recipe.adapter, staged, run.dir / START)
+    start = run.dir / START
+    storage.DISK.produce(staged, lambda there: adapters.save(model, recipe.adapter, there, start))
     if encoder.family != families.MASKED:
-        model.generation_config.save_pretrained(staged)
-    encoder.tokenizer.save_pretrained(staged)
+        storage.DISK.produce(staged, model.generation_config.save_pretrained)
+    storage.DISK.produce(staged, encoder.tokenizer.save_pretrained)
     run.update(
         origin=origins.of(recipe, encoder.family),
         memory=_memory(),
@@ -120,10 +122,19 @@ def finish(
     )
     if planned := run.manifest.get("planned"):
         say(_beside(planned, run.manifest["memory"], outcome.seconds))
-    say(f"loss {outcome.loss:.4f} over the last twentieth{heldout}")
+    say(f"loss {outcome.loss:.4f} over the last twentieth{heldout}{_chosen(outcome)}")
     if recipe.output.merge and recipe.adapter is not None:
         merge(run, say)
     say(f"the model is in {run.model_dir}, a report in {reports.write(run)}")
+
+
+def _chosen(outcome: watching.Outcome) -> str:
+    if outcome.best_step is None:
+        return ""
+    return (
+        f", the lowest: the weights are those of step {outcome.best_step}. The held-out rows chose "
+        "them, so a score on other rows says more"
+    )
 
 
 def _beside(planned: Mapping[str, Any], held: Mapping[str, int], seconds: float) -> str:
@@ -152,12 +163,12 @@ def merge(run: runs.Run, say: Say) -> None:
     ModelError where it does not, and leaves no merged folder of it.
     """
     named = recipes.Model(name=str(run.model_dir))
-    encoder, place = models.encoder(named), models.placement(named)
+    encoder, place = configs.encoder(named), models.placement(named)
     model = models.adapted(str(run.dir), str(run.model_dir), named, place)
     staged, folder = run.dir / ".merged", run.dir / "merged"
     samples = [_sample(encoder, text, place) for text in SAMPLES]
     wanted = folding.logits(model, samples)
-    folding.merged(model).save_pretrained(staged)
+    storage.DISK.produce(staged, folding.merged(model).save_pretrained)
     del model  # one of the two at a time in memory
     try:
         whole = models.load(recipes.Model(name=str(staged)), place)
@@ -165,7 +176,7 @@ def merge(run: runs.Run, say: Say) -> None:
     except errors.ModelError:
         storage.DISK.remove(staged)
         raise
-    encoder.tokenizer.save_pretrained(staged)
+    storage.DISK.produce(staged, encoder.tokenizer.save_pretrained)
     if encoder.family != families.MASKED:
         shutil.copy(run.model_dir / "generation_config.json", staged)
     storage.write(staged / cards.NAME, cards.render(run, cards.MERGED))

@@ -9,13 +9,21 @@ import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from itune import data, encoding, errors, families, folding, locating, origins, recipes, weights
+from itune import (
+    configs,
+    data,
+    errors,
+    families,
+    folding,
+    locating,
+    recipes,
+    weights,
+)
 from itune import quantization as few_bits
 from itune.vocabularies import with_template as with_template
 
@@ -79,39 +87,12 @@ def size(wanted: recipes.Model) -> int:
 
 def outline(wanted: recipes.Model) -> Any:
     """The model that a recipe names, without any weight: all that can be asked but numbers."""
-    config = config_of(wanted)
+    config = configs.config_of(wanted)
     auto = getattr(transformers, CLASSES[families.chosen(wanted.family, config)])
     with torch.device("meta"):
         return locating.from_library(
             wanted.name or "from_scratch", lambda: auto.from_config(config)
         )
-
-
-def config_of(wanted: recipes.Model) -> Any:
-    """The config of a model, of an adapter's base or of one from scratch; no weight is read."""
-    if wanted.from_scratch is not None:
-        chosen = wanted.from_scratch.tokenizer
-        # Before there is a tokenizer; a type's own padding may lie beyond a small vocabulary.
-        trained = None if isinstance(chosen, str) else chosen.vocab_size
-        entries = {} if trained is None else {"vocab_size": trained, "pad_token_id": 0}
-        return _blank_config(wanted.from_scratch, entries)
-    name = wanted.name or ""
-    location, revision = locating.resolve(name, wanted.revision), wanted.revision
-    adapter = locating.adapter_of(location)
-    if adapter is not None:
-        location, revision = adapter["base_model_name_or_path"], adapter.get("revision")
-        origins.refuse_absent_base(name, location)
-    return locating.from_library(
-        name,
-        lambda: transformers.AutoConfig.from_pretrained(
-            location, revision=revision, trust_remote_code=False
-        ),
-    )
-
-
-def family_of(wanted: recipes.Model) -> str:
-    """The family of the model that a recipe names. Raises ModelError."""
-    return families.chosen(wanted.family, config_of(wanted))
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -134,34 +115,6 @@ def cpu_has_bfloat16() -> bool:
     # torch keeps these names private; one that is gone counts as a no.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, probe, bool)()) for probe in probes)
-
-
-# --- tokenizers ---------------------------------------------------------------------------
-
-
-def encoder(wanted: recipes.Model) -> encoding.Encoder:
-    """The encoder of the model that a recipe names, by its family and its tokenizer."""
-    kind = family_of(wanted)
-    made = tokenizer(wanted.name or "", revision=wanted.revision, kind=kind)
-    return families.encoder(kind, made)
-
-
-def tokenizer(name: str, *, revision: str | None = None, kind: str = families.CAUSAL) -> Any:
-    """The tokenizer of a model or run, with a chat template: its own, or itune's for a family."""
-    alone = (Path(name) / "tokenizer.json").is_file()
-    location = name if alone else locating.resolve(name, revision)
-    loaded = locating.from_library(
-        name,
-        lambda: transformers.AutoTokenizer.from_pretrained(
-            location, revision=revision, trust_remote_code=False
-        ),
-    )
-    if getattr(loaded, "backend_tokenizer", None) is None:
-        raise errors.ModelError(
-            f"{name}: its tokenizer has no fast version, which exact masks need. "
-            "Convert it to tokenizer.json."
-        )
-    return with_template(loaded, kind)
 
 
 # --- models -------------------------------------------------------------------------------
@@ -253,7 +206,7 @@ def adapted(name: str, location: str, wanted: recipes.Model, place: Placement) -
     import peft
 
     weights.check(str((locating.adapter_of(location) or {}).get("base_model_name_or_path") or name))
-    kind = family_of(wanted)
+    kind = configs.family_of(wanted)
     autos = {
         families.CAUSAL: peft.AutoPeftModelForCausalLM,
         families.SEQ2SEQ: peft.AutoPeftModelForSeq2SeqLM,
@@ -278,71 +231,19 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
     scratch = wanted.from_scratch
     if scratch is None:
         raise ValueError("no from_scratch")
-    config = blank_config(scratch, loaded)
+    config = configs.blank_config(scratch, loaded)
     try:
         kind = families.chosen(wanted.family, config)
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise _unbuildable(scratch, error) from error
+        raise configs.unbuildable(scratch, error) from error
     if scratch.embedding_std is not None:
         draw = torch.Generator().manual_seed(seed)
         table = model.get_input_embeddings().weight
         with torch.no_grad():
             table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
     return model.to(place.device)
-
-
-def blank_config(scratch: recipes.FromScratch, loaded: Any) -> Any:
-    """The config of a model from scratch with the ids of its tokenizer. Raises ModelError."""
-    return _blank_config(scratch, _ids(scratch, loaded))
-
-
-def _ids(scratch: recipes.FromScratch, loaded: Any) -> dict[str, Any]:
-    """The fields of a config that follow from the tokenizer."""
-    ids = {
-        "vocab_size": len(loaded),
-        "pad_token_id": loaded.pad_token_id,
-        "bos_token_id": loaded.bos_token_id,
-        "eos_token_id": loaded.eos_token_id,
-    }
-    blank = transformers.AutoConfig.for_model(scratch.model_type)
-    for name in ("cls_token_id", "sep_token_id"):
-        if hasattr(blank, name):
-            ids[name] = getattr(loaded, name)
-    if getattr(blank, "is_encoder_decoder", False):
-        # BART's kind starts an answer from the end token, T5's from padding.
-        start = getattr(blank, "decoder_start_token_id", None)
-        ends = start is not None and start == blank.eos_token_id
-        ids["decoder_start_token_id"] = loaded.eos_token_id if ends else loaded.pad_token_id
-        if getattr(blank, "forced_eos_token_id", None) is not None:
-            ids["forced_eos_token_id"] = loaded.eos_token_id
-    return ids
-
-
-def _blank_config(scratch: recipes.FromScratch, ids: dict[str, Any]) -> Any:
-    """The config of a model from scratch, its fields checked. Raises ModelError."""
-    known = list(transformers.CONFIG_MAPPING.keys())
-    if scratch.model_type not in known:
-        raise errors.ModelError(
-            f"model.from_scratch.model_type: unknown {scratch.model_type!r}."
-            f"{errors.nearest(scratch.model_type, known)}"
-        )
-    fields = dict(scratch.config)
-    blank = transformers.AutoConfig.for_model(scratch.model_type)
-    accepted = {*blank.to_dict(), *vars(blank)}
-    owner = type(blank).__name__
-    errors.refuse_unknown("model.from_scratch", fields, accepted, owner, errors.ModelError)
-    try:
-        return transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
-    except (ValueError, TypeError) as error:
-        raise _unbuildable(scratch, error) from error
-
-
-def _unbuildable(scratch: recipes.FromScratch, error: Exception) -> errors.ModelError:
-    return errors.ModelError(
-        f"model.from_scratch: {scratch.model_type} cannot be built: {' '.join(str(error).split())}"
-    )
 
 
 def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:

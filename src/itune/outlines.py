@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import adapters, families, locating, losses, models, recipes
+from itune import adapters, configs, families, locating, losses, models, recipes
 
 # What configs call the number of layers; of an encoder-decoder each side has a number of its own.
 LAYERS = (
@@ -30,8 +30,8 @@ def config(recipe: recipes.Recipe, tokenizer: Any) -> Any:
     """The config of the model that a recipe names. Raises ModelError."""
     scratch = recipe.model.from_scratch
     if scratch is not None:
-        return models.blank_config(scratch, tokenizer)
-    return copy.deepcopy(models.config_of(recipe.model))
+        return configs.blank_config(scratch, tokenizer)
+    return copy.deepcopy(configs.config_of(recipe.model))
 
 
 def layers(settings: Any) -> int | None:

@@ -23,12 +23,14 @@ from accelerate import Accelerator
 
 from itune import (
     checkpoints,
+    configs,
     data,
     decoding,
     encoding,
     errors,
     families,
     formats,
+    generation,
     jobs,
     judging,
     likelihoods,
@@ -135,7 +137,9 @@ def _save_and_load(run: runs.Run, encoder: encoding.Encoder) -> None:
     folder = run.dir / TRIAL_TOKENIZER
     try:
         encoder.tokenizer.save_pretrained(folder)
-        again = families.encoder(encoder.family, models.tokenizer(str(folder), kind=encoder.family))
+        again = families.encoder(
+            encoder.family, configs.tokenizer(str(folder), kind=encoder.family)
+        )
         for text in PROMPTS:
             ours, theirs = _asked(encoder, text), _asked(again, text)
             if ours != theirs:
@@ -186,8 +190,12 @@ def _refuse_little_room(
 def checkpoints_more(settings: recipes.Training, steps: int, left: int, there: int = 0) -> int:
     """How many checkpoints a run with so many steps to go will add to those that are there."""
     saves = math.ceil(left / plans.share_or_count(settings.save_steps, steps))
+    kept = settings.save_total_limit
+    if settings.keeps_best:
+        saves += math.ceil(left / plans.share_or_count(settings.eval_steps, steps))
+        kept += 1
     # One more than are kept: the oldest goes when the newest is whole.
-    return min(saves, max(1, settings.save_total_limit + 1 - there))
+    return min(saves, max(1, kept + 1 - there))
 
 
 def result_bytes(recipe: recipes.Recipe, model: Any) -> int:
@@ -255,7 +263,7 @@ def _answer(
     """Answer and score the first rows of each task; returns what was tried, for the user."""
     if not recipe.data.eval:
         return []
-    wanted = decoding.settings(recipe.generation, encoder)
+    wanted = generation.settings(recipe.generation, encoder)
     room = min(decoding.context(model), 1 << 20)
     longest = room - min(int(wanted.max_new_tokens), room // 2)
     if encoder.family == families.MASKED:  # the place of the answer is in the prompt
@@ -296,7 +304,7 @@ def _made(
             asked = [case.messages for case in cases]
             picked = likelihoods.choose(model, encoder, asked, choices, decide=decide)
             return [choices[each] for each in picked]
-        decoding.refuse_masked(encoder, task.name)
+        generation.refuse_masked(encoder, task.name)
         answers = decoding.generate(model, encoder, [case.ids for case in cases], wanted)
         return [each.text for each in answers]
     except (ValueError, TypeError) as error:

@@ -67,9 +67,8 @@ class File:
 
     def add(self, step: int, epoch: float, records: Sequence[dict[str, Any]]) -> None:
         """One step's rows."""
-        with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps({"step": step, "epoch": epoch, **record}) + "\n")
+        lines = [json.dumps({"step": step, "epoch": epoch, **record}) for record in records]
+        storage.DISK.append(self.path, "".join(f"{line}\n" for line in lines))
 
     def sync(self) -> None:
         """Have all lines on the disk, before a checkpoint that counts on them."""

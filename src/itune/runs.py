@@ -113,8 +113,7 @@ class Run:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to log.jsonl."""
-        with (self.dir / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(record) + "\n")
+        storage.DISK.append(self.dir / "log.jsonl", to_json(record) + "\n")
 
     def log_lines(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl; what a kill tore at its end is left out.

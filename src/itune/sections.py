@@ -242,7 +242,11 @@ class Training(Record):
     logging_steps: Annotated[Whole, Field(ge=1)] = 1
     """Steps from one line of progress to the next; `log.jsonl` has every step."""
     save_total_limit: Annotated[Whole, Field(ge=1)] = 2
-    """How many checkpoints are kept, the newest."""
+    """How many checkpoints are kept, the newest; the best besides, where it is wanted."""
+    load_best_model_at_end: Flag = False
+    """Let the weights with the lowest held-out loss come out, not the last; so does `patience`."""
+    patience: Annotated[Whole, Field(ge=1)] | None = None
+    """Stop early when the held-out loss has not fallen in so many measurements in a row."""
     gradient_checkpointing: Flag = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     torch_compile: Flag = False
@@ -275,6 +279,11 @@ class Training(Record):
     """Show where the time went, and write `trace.json` for Perfetto; changes nothing."""
     train_on: Literal["assistant", "last"] = "assistant"
     """Which answers of a conversation are learned: every one, or the last."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights with the lowest held-out loss are what comes out."""
+        return self.load_best_model_at_end or self.patience is not None
 
 
 class Evaluation(Record):

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from itune import (
+    configs,
     decoding,
     encoding,
     engines,
     errors,
     explaining,
     fingerprints,
+    generation,
     locating,
     models,
     prompting,
@@ -117,9 +119,9 @@ def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) 
     """The model of a run, or another. `given`: generation's fields of the command line."""
     location, seed, fields = _settled(asked, given, say)
     named = recipes.Model(name=location)
-    encoder = models.encoder(named)
-    decoding.refuse_masked(encoder, location)
-    wanted = decoding.settings(fields, encoder)
+    encoder = configs.encoder(named)
+    generation.refuse_masked(encoder, location)
+    wanted = generation.settings(fields, encoder)
     place = models.placement(named)
     if engine := engines.asked(asked.engine):
         model: Any = engines.serve(
@@ -180,7 +182,7 @@ def marks(
     """A word for each thing that is asked: the same word, the same answer. Loads no weights."""
     location, seed, fields = _settled(asked, given, lambda _: None)
     named = recipes.Model(name=location)
-    wanted = decoding.settings(fields, models.encoder(named))
+    wanted = generation.settings(fields, configs.encoder(named))
     dtype = str(models.placement(named).dtype)
     mark = fingerprints.of_asking(location, None, dtype, wanted, seed)
     return [

@@ -15,6 +15,7 @@ from itune import (
     batches,
     canaries,
     charts,
+    configs,
     contamination,
     data,
     encoding,
@@ -29,8 +30,6 @@ from itune import (
     recipes,
     runs,
     samples,
-    storage,
-    vocabularies,
 )
 
 Say = Callable[[str], None]
@@ -63,7 +62,9 @@ def prepared(
 ) -> tuple[encoding.Encoder, data.Corpus, data.Corpus | None]:
     """The encoder, the training data and the held-out data of a run."""
     command = str(run.manifest["command"])
-    encoder, corpus, heldout = read(recipe, tokenizer(recipe, run, command), command, run.dir)
+    encoder, corpus, heldout = read(
+        recipe, configs.asked_tokenizer(recipe, run, command), command, run.dir
+    )
     _refuse_other_rows(run, corpus, heldout)
     contamination.check(recipe, run, say, keep=launching.is_main())
     return encoder, corpus, heldout
@@ -75,7 +76,7 @@ def read(
     """The encoder, the training data and the held-out data of a recipe; its canaries lie in the
     folder, or in itune's cache."""
     settings = recipe.training
-    encoder = families.encoder(models.family_of(recipe.model), tokenizer)
+    encoder = families.encoder(configs.family_of(recipe.model), tokenizer)
     train = canaries.planted(recipe, encoder.family, folder, command)
     corpus = canaries.corpus(recipe, train, encoder, command)
     heldout = data.heldout(recipe, encoder, command)
@@ -138,25 +139,6 @@ def base_files(recipe: recipes.Recipe, run: runs.Run) -> dict[str, Any] | None:
     if began is not None and not run.untried:
         fingerprints.refuse_another(recipe.model.name, began, now)
     return now
-
-
-def tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str = "") -> Any:
-    """The tokenizer that a recipe names, or the one trained on its texts, kept with the run."""
-    scratch, kind = recipe.model.from_scratch, models.family_of(recipe.model)
-    if scratch is None:
-        return models.tokenizer(recipe.model.name or "", revision=recipe.model.revision, kind=kind)
-    if isinstance(scratch.tokenizer, str):
-        return models.tokenizer(scratch.tokenizer, kind=kind)
-    kept = None if run is None else run.dir / "tokenizer"
-    if kept is not None and kept.is_dir():
-        return models.tokenizer(str(kept), kind=kind)
-    texts = data.texts(recipe.data.train, command)
-    made = vocabularies.train(scratch.tokenizer, texts, kind)
-    if kept is not None:
-        beside = kept.with_name(".tokenizer")
-        made.save_pretrained(beside)
-        storage.publish(beside, kept)
-    return made
 
 
 def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -> Any:

@@ -38,9 +38,14 @@ class Disk:
         """Make a folder and those above it."""
         path.mkdir(parents=True, exist_ok=True)
 
-    def produce(self, path: Path, produce: Callable[[Path], None]) -> None:
-        """Have a file written by `produce(path)`."""
+    def produce(self, path: Path, produce: Callable[[Path], object]) -> None:
+        """Have a file, or what is in a folder, written by `produce(path)`."""
         produce(path)
+
+    def append(self, path: Path, text: str) -> None:
+        """Write a text behind what a file holds."""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def sync(self, path: Path) -> None:
         """Have what was written to a file or folder on the disk, not only on its way there."""

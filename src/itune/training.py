@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from itune import (
     batches,
     beats,
+    bests,
     checkpoints,
     diverging,
     errors,
@@ -55,6 +56,7 @@ class _Progress:
     waited: float = 0.0
     bad_steps: int = 0
     heldout_loss: float | None = None
+    best: bests.Best = field(default_factory=bests.Best)
     micro_batch_tokens: int = 0  # other than 0: what the memory held less than the plan has
 
 
@@ -75,6 +77,7 @@ def fit(
     loop.resume()
     with signals.LISTENER.waiting(), beats.PULSE.working():
         loop.train()
+        loop.take_best()
     return loop.outcome()
 
 
@@ -126,13 +129,13 @@ class _Loop:
                     f"({len(state.rng)} there, {self.accelerator.num_processes} now). Run it as "
                     "before, or start anew with --fresh."
                 )
-            with torch.no_grad():
-                for name, parameter in own.items():
-                    parameter.copy_(state.weights[name])
+            self._put(state.weights)
             self.raw_optimizer.load_state_dict(state.optimizer)
             self.scheduler.load_state_dict(state.scheduler)
             checkpoints.set_random_state(state.rng[self.accelerator.process_index])
-            self.at = _Progress(**state.meta)
+            self.at = _Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
+            if self._wants_best():
+                self.at.best.checkpoint(self.run)  # that it is gone is told before the work
             self._take_smaller(self.at.micro_batch_tokens)
         else:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
@@ -146,6 +149,23 @@ class _Loop:
         inner = self.accelerator.unwrap_model(self.job.model)
         return ((name, p) for name, p in inner.named_parameters() if p.requires_grad)
 
+    def _put(self, weights: checkpoints.Tensors) -> None:
+        with torch.no_grad():
+            for name, parameter in self._trainable():
+                parameter.copy_(weights[name])
+
+    def _wants_best(self) -> bool:
+        """Whether the weights that are to come out are not the present ones."""
+        return self.settings.keeps_best and self.at.best.step not in (0, self.at.step)
+
+    def take_best(self) -> None:
+        """Go back to the weights with the lowest held-out loss, where the recipe says so."""
+        if not self._wants_best():
+            return
+        with beats.PULSE.working(False):
+            self._put(checkpoints.load(self.at.best.checkpoint(self.run)).weights)
+        self.at.heldout_loss = self.at.best.loss
+
     def save(self) -> None:
         """Publish a checkpoint of the present step, from rank 0."""
         rng = _gathered([checkpoints.random_state()])
@@ -156,7 +176,7 @@ class _Loop:
                 optimizer=self.raw_optimizer.state_dict(),
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,
-                meta=vars(self.at).copy(),
+                meta=asdict(self.at),
             )
             storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
             if self.row_losses is not None:
@@ -167,6 +187,7 @@ class _Loop:
                     state,
                     run_id=self.run_id,
                     keep=self.settings.save_total_limit,
+                    best=self.at.best.step if self.settings.keeps_best else 0,
                 )
         with beats.PULSE.meeting():
             self.accelerator.wait_for_everyone()
@@ -193,6 +214,16 @@ class _Loop:
         )
         with self.feed, contextlib.closing(profile):
             for _ in range(left):
+                if self._over():
+                    best, patience = self.at.best, self.settings.patience
+                    self.watcher.say(
+                        f"stopped early after step {self.at.step}: the held-out loss has not "
+                        f"fallen in {patience} measurements; {best.loss:.4f} at step {best.step}."
+                        if best.step
+                        else f"stopped early after step {self.at.step}: no held-out loss is a "
+                        "number."
+                    )
+                    break
                 profile.step()
                 self._advance()
             profile.step()
@@ -203,7 +234,7 @@ class _Loop:
 
     def _advance(self) -> None:
         """One step, and what falls due after it."""
-        started, waited = time.monotonic(), self.feed.waited
+        started, waited, keeping = time.monotonic(), self.feed.waited, False
         record = self._step(self.feed.step())
         self.at.seconds += time.monotonic() - started
         self.at.waited += self.feed.waited - waited
@@ -211,10 +242,12 @@ class _Loop:
             with self.clock.phase("held-out loss"):
                 self.at.heldout_loss = jobs.measure(self.job, self.job.heldout, self.accelerator)
             record["heldout_loss"] = self.at.heldout_loss
+            better = self.at.best.heard(self.at.step, self.at.heldout_loss)
+            keeping = self.settings.keeps_best and (better or self._over())
         with self.clock.phase("log"):
             self._report({**record, "seconds": round(self.at.seconds, 3)})
         stopping = self._asked_to_stop()
-        if self._due(self.save_every) or stopping:
+        if self._due(self.save_every) or stopping or keeping:
             with self.clock.phase("checkpoint"):
                 self.save()
         if stopping:
@@ -222,6 +255,9 @@ class _Loop:
                 f"stopped by {stopping} after step {self.at.step} of {len(self.job.plan)}, with a "
                 "checkpoint. Run the same command again to go on."
             )
+
+    def _over(self) -> bool:
+        return self.at.best.over(self.settings.patience)
 
     def _due(self, every: int) -> bool:
         return self.at.step % every == 0 or self.at.step == len(self.job.plan)
@@ -380,6 +416,7 @@ class _Loop:
             waited=round(self.at.waited, 3),
             loss=sum(finite) / len(finite) if finite else float("nan"),
             heldout_loss=self.at.heldout_loss,
+            best_step=(self.at.best.step or None) if self.settings.keeps_best else None,
         )
 
 

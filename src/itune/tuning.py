@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from itune import (
     adapters,
     compiling,
+    configs,
     data,
     doctor,
     encoding,
@@ -49,7 +50,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
         pushing.check(recipe)
     place, settings = models.placement(recipe.model), recipe.training
     if recipe.adapter is not None:
-        adapters.config(recipe.adapter, models.family_of(recipe.model))
+        adapters.config(recipe.adapter, configs.family_of(recipe.model))
     if recipe.model.name is not None:
         location = locating.resolve(recipe.model.name, recipe.model.revision)
         adapters.refuse_soft(recipe.model.name, locating.adapter_of(location))

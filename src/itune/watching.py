@@ -30,7 +30,8 @@ class Watcher(Protocol):
 class Outcome:
     """How training ended. Losses are in nats a token; seconds are of training alone.
 
-    `waited`: seconds of them in which a step had to wait for its rows.
+    `waited`: seconds of them in which a step had to wait for its rows. `best_step`: the step whose
+    weights and held-out loss these are, where it is not simply the last.
     """
 
     steps: int
@@ -40,3 +41,4 @@ class Outcome:
     waited: float
     loss: float
     heldout_loss: float | None
+    best_step: int | None = None

@@ -25,6 +25,7 @@ class FaultyDisk(storage.Disk):
     kind: str
     at: int
     torn: bool
+    told: Path | None = None  # is made when the fault comes, for another process to see
     done: int = 0
     failed: bool = False
 
@@ -34,6 +35,8 @@ class FaultyDisk(storage.Disk):
         if not due:
             return
         self.failed = True
+        if self.told is not None:
+            self.told.touch()
         if self.torn:
             half()
         if self.kind == "kill":
@@ -44,13 +47,19 @@ class FaultyDisk(storage.Disk):
         self._fail_now(lambda: super(FaultyDisk, self).make_folder(path))
         super().make_folder(path)
 
-    def produce(self, path: Path, produce: Callable[[Path], None]) -> None:
+    def produce(self, path: Path, produce: Callable[[Path], object]) -> None:
         def half() -> None:
             produce(path)
-            os.truncate(path, path.stat().st_size // 2)
+            made = [path] if path.is_file() else sorted(path.iterdir())[:1]
+            for each in made:
+                os.truncate(each, each.stat().st_size // 2)
 
         self._fail_now(half)
         super().produce(path, produce)
+
+    def append(self, path: Path, text: str) -> None:
+        self._fail_now(lambda: super(FaultyDisk, self).append(path, text[: len(text) // 2]))
+        super().append(path, text)
 
     def sync(self, path: Path) -> None:
         self._fail_now(lambda: None)
@@ -63,7 +72,7 @@ class FaultyDisk(storage.Disk):
     def remove(self, path: Path) -> None:
         def half() -> None:
             for inside in sorted(path.iterdir())[:2] if path.is_dir() else []:
-                inside.unlink()
+                super(FaultyDisk, self).remove(inside)
 
         self._fail_now(half)
         super().remove(path)

@@ -60,7 +60,7 @@ def naive(folder: Path, made: checkpoints.State) -> None:
     storage.DISK.produce(final / "state.json", lambda p: p.write_text('{"meta": {}}') and None)
     size = (final / "weights.safetensors").stat().st_size
     listed = {"weights.safetensors": {"bytes": size, "sha256": "-"}}
-    manifest = {"version": 1, "run": RUN, "step": made.step, "files": listed}
+    manifest = {"version": checkpoints.VERSION, "run": RUN, "step": made.step, "files": listed}
     storage.DISK.produce(
         final / "manifest.json", lambda p: p.write_text(json.dumps(manifest)) and None
     )

@@ -1,10 +1,11 @@
-"""Writes docs/recipe.md and docs/template.md from the docstrings of the fields they describe.
+"""Writes docs/recipe.md, docs/template.md and the JSON schema from the fields' docstrings.
 
 python docs/make_recipe.py
 """
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from itune import recipes, records, sandbox, templates
 
 PAGE = Path(__file__).with_name("recipe.md")
 TEMPLATES = Path(__file__).with_name("template.md")
+SCHEMA = Path(__file__).parents[1] / "recipes/recipe.schema.json"
 
 HEAD = """\
 # The recipe
@@ -183,6 +185,11 @@ def template_page() -> str:
     )
 
 
+def schema_file() -> str:
+    """What `itune tune --schema` prints; the first line of each recipe names the file."""
+    return json.dumps(recipes.schema(), indent=1, ensure_ascii=False) + "\n"
+
+
 def _shipped(path: Path) -> str:
     """The line of a shipped template."""
     template = templates.load(path)
@@ -264,4 +271,5 @@ def _default(key: str, info: FieldInfo) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema_file(), encoding="utf-8")
     TEMPLATES.write_text(template_page(), encoding="utf-8")

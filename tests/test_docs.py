@@ -19,7 +19,9 @@ from itune import cli, recipes, templates
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
-HOWTO = [name for name in NAMES if name.startswith("docs/howto/")] + ["docs/own-data.md"]
+EDITORS = "docs/howto/editors.md"  # installs things; test_editors.py has its commands
+HOWTO = [name for name in NAMES if name.startswith("docs/howto/") and name != EDITORS]
+HOWTO.append("docs/own-data.md")
 FENCE = re.compile(r'^ *```(\w*)(?: title="([^"]+)")?\n(.*?)^ *```', re.S | re.M)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 LINK = re.compile(r"!?\[[^]]*\]\(([^)\s]+)\)")
@@ -81,6 +83,8 @@ def refusal(words: list[str]) -> str:
     try:
         with wanted.make_context(words[0], words[1:]):
             return ""
+    except typer.Exit:  # such as --schema, which has done its work
+        return ""
     except Exception as error:  # typer's own, which it exports under no name
         return f"{type(error).__name__}: {error}"
 

@@ -129,6 +129,7 @@ ORDER = (
     "chatting",
     "commands",
     "evaluating",
+    "completing",
     "cli",
     "__main__",
 )

@@ -9,7 +9,7 @@ JOBS   ?= 2
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET) $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup quickstart test faults slow lint check size bench build clean
+.PHONY: help setup quickstart test faults slow lint check size bench docs build clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,9 +55,13 @@ size: setup  ## lengths of files and functions, and what nobody calls
 bench: setup  ## itune against its peers on one workload, some minutes; BENCH="--venv trl=DIR" adds TRL
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
+docs: setup  ## the site, in site/; a link that leads nowhere is an error
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:  ## remove builds and caches; the environment, data and runs stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

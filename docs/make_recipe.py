@@ -1,10 +1,11 @@
-"""Writes docs/recipe.md from the docstrings of the recipe's and the template's fields.
+"""Writes docs/recipe.md, docs/template.md and the JSON schema from the fields' docstrings.
 
 python docs/make_recipe.py
 """
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from itune import recipes, records, templates
+from itune import recipes, records, sandbox, templates
 
 PAGE = Path(__file__).with_name("recipe.md")
+TEMPLATES = Path(__file__).with_name("template.md")
+SCHEMA = Path(__file__).parents[1] / "recipes/recipe.schema.json"
 
 HEAD = """\
 # The recipe
@@ -92,10 +95,68 @@ Sections: """
 TEMPLATE = """\
 # The prompt template
 
-`prompts/NAME.yaml` says what a row becomes. Templates are found as recipes are, in `./prompts`.
-The texts are Jinja over the row's columns: a column that is missing or null is an error and never
-an empty text; no other file can be read; one text has at most a million characters and two seconds
-to be made in. A `|` block of YAML ends with a line break, and so does its text; `|-` has none.
+<!-- Written by `python docs/make_recipe.py` from the fields' docstrings. Edit those, not this. -->
+
+A template says what a row of data becomes: what the model is asked, and what it shall answer. It is
+one YAML file, and data, never code: a new task needs no Python.
+
+```yaml title="prompts/support.yaml"
+# Which team shall answer a message?
+task: classification
+choices: [cards, loans, other]
+prompts:
+  - "{{ message }}\\n\\nWhich team is this for: {{ choices | join(', ') }}?"
+  - "A customer writes: {{ message }}\\nIt is a matter of"
+response: "{{ team }}"
+metrics: [f1, accuracy]
+```
+
+A source of the recipe names it: `train: {path: messages.csv, template: support}`. A bare name is
+looked for in the working folder, in `./prompts`, then among the templates that ship with itune; a
+path is taken as it is. Columns of other names: `rename: {"Customer message": message}`
+([recipe](recipe.md#datatrain-dataeval)). Data that are conversations already need no template.
+
+## Keys
+
+"""
+
+JINJA = """\
+## What may stand in a text
+
+The texts are [Jinja](https://jinja.palletsprojects.com/templates/) over the row's columns, strict
+and in a sandbox:
+
+* `{{ column }}` writes a column; one that is missing or null is an error with the row's number and
+  never an empty text. `{{ answers.text[0] }}` looks into it. A list is no text: take one of it, or
+  `join`.
+* `{% if input %}...{% endif %}` and `{% for line in history %}...{% endfor %}` work, the tests
+  `is string`, `is odd`, ... too. `{{ form | default('poem') }}` stands in for a missing column.
+* `choices[label]` is the answer of a numbered label, from 0. A label that is the answer's text
+  already is written `{{ team }}`; it has to be one of `choices`.
+* No other file is read, no private name, and a text takes at most two seconds and a million
+  characters beside what the row brings.
+* Quote each text. In double quotes `\\n` is a new line; a `|` block ends with a line break, and so
+  does its text; `|-` has none.
+* What data say stays text: `<|im_end|>` in a row never becomes a control token.
+
+Filters: """
+
+KINDS_OF_TASKS = """\
+
+## Tasks
+
+| `task` | for | how it is answered |
+| --- | --- | --- |
+| `classification` | labels; needs `choices` | by the likelihood of each choice |
+| `qa` | questions | written; scored against `references` where there are several |
+| `translation`, `summarization`, `generation` | texts | written |
+| `chat` | conversations: no `prompts`, no `response` | written; every answer is learnt |
+
+Several `prompts` are several wordings: training gives each row one of them in turn, and evaluation
+scores each and their spread (`--wordings first` asks one).
+
+## Templates that ship with itune
+
 """
 
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true, false", Path: "path"}
@@ -108,8 +169,33 @@ def page() -> str:
     parts = [f"{HEAD}{links}.\n"]
     for name in names:
         parts.append(_section(name, recipes.Recipe.model_fields[name]))
-    parts += [TEMPLATE, _table(templates.Template)]
     return "\n".join(parts)
+
+
+def template_page() -> str:
+    """The whole page on templates."""
+    named = sorted(sandbox.Environment().filters)
+    filters = ", ".join(f"`{name}`" for name in named)
+    shipped = ["| name | task | what it shows | columns |", "| --- | --- | --- | --- |"]
+    for path in sorted(records.shipped("prompts").glob("*.yaml")):
+        shipped.append(_shipped(path))
+    keys = _table(templates.Template)
+    return "\n".join([TEMPLATE.rstrip("\n"), "", keys, JINJA + filters + ".", KINDS_OF_TASKS]) + (
+        "\n".join(shipped) + "\n"
+    )
+
+
+def schema_file() -> str:
+    """What `itune tune --schema` prints; the first line of each recipe names the file."""
+    return json.dumps(recipes.schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def _shipped(path: Path) -> str:
+    """The line of a shipped template."""
+    template = templates.load(path)
+    first = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    columns = ", ".join(f"`{name}`" for name in sorted(template.columns())) or "`messages`"
+    return f"| `{template.name}` | {template.task} | {first} | {columns} |"
 
 
 def _section(name: str, info: FieldInfo) -> str:
@@ -185,3 +271,5 @@ def _default(key: str, info: FieldInfo) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema_file(), encoding="utf-8")
+    TEMPLATES.write_text(template_page(), encoding="utf-8")

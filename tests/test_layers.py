@@ -131,6 +131,7 @@ ORDER = (
     "chatting",
     "commands",
     "evaluating",
+    "completing",
     "cli",
     "__main__",
 )

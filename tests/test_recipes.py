@@ -696,9 +696,12 @@ def test_every_field_is_told_by_its_docstring() -> None:
             assert info.description.strip()[-1] in ".", f"{record.__name__}.{key}"
 
 
-def test_the_reference_page_is_the_one_that_is_generated() -> None:
-    page = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))["page"]()
-    committed = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("made", "name"), [("page", "recipe.md"), ("template_page", "template.md")]
+)
+def test_the_reference_pages_are_those_that_are_generated(made: str, name: str) -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))[made]()
+    committed = (ROOT / "docs" / name).read_text(encoding="utf-8")
     assert page == committed, "run: python docs/make_recipe.py"
 
 

@@ -44,6 +44,13 @@ def refused(template: templates.Template, row: dict[str, Any]) -> str:
 # --- what a row becomes -------------------------------------------------------------------------
 
 
+def test_a_recipe_in_the_place_of_a_template_is_told_in_one_line() -> None:
+    """`sentiment.yaml` where one stands, a recipe, is what `template: sentiment` finds first."""
+    [said] = faults("model: {name: x}\ndata: {train: {path: a.csv, template: sentiment}}\n")
+    assert said.startswith("x.yaml: a recipe, and a template is looked for here.")
+    assert "path" in said
+
+
 def test_a_row_becomes_a_prompt_and_an_answer() -> None:
     template = templates.loads(CLASSES, "prompts/sentiment.yaml")
     row = {"text": "A <b>fine</b> film & more.\n", "label": 1}

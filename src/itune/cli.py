@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import sys
 import traceback
@@ -18,20 +20,59 @@ app = typer.Typer(
     name="itune",
     help="Tune a language model on instructions, and prove that it got better.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 UNREAD = 141  # as a shell reports a program that SIGPIPE ended
 
+
+def _offered(kind: str) -> Callable[[str], list[str]]:
+    """What a shell offers for an option: a function of `completing`, imported when asked."""
+
+    def names(incomplete: str) -> list[str]:
+        offered: list[str] = getattr(importlib.import_module("itune.completing"), kind)(incomplete)
+        return offered
+
+    return names
+
+
+def _schema(wanted: bool) -> None:
+    if wanted:
+        from itune import recipes
+
+        typer.echo(json.dumps(recipes.schema(), indent=1, ensure_ascii=False))
+        raise typer.Exit
+
+
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", metavar="FILE|NAME", help="The recipe, by path or by name."),
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="FILE|NAME",
+        help="The recipe, by path or by name.",
+        autocompletion=_offered("recipe_names"),
+    ),
+]
+SchemaOption = Annotated[
+    bool,
+    typer.Option(
+        "--schema",
+        callback=_schema,
+        is_eager=True,
+        help="Print the JSON schema of a recipe, for editors, and stop.",
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key of the recipe."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Override one key of the recipe.",
+        autocompletion=_offered("settings"),
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One machine-readable result on standard output.")
@@ -61,7 +102,12 @@ AllowOption = Annotated[
 ]
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="DIR", help="The run; the newest under runs/ when left out."),
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="The run; the newest under runs/ when left out.",
+        autocompletion=_offered("run_folders"),
+    ),
 ]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="A model instead of a run.")
@@ -90,6 +136,7 @@ def _training(command: str) -> Callable[..., None]:
         as_json: JsonOption = False,
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
+        schema: SchemaOption = False,
     ) -> None:
         from itune import commands
 
@@ -126,7 +173,13 @@ def evaluate(
         typer.Option("--predictions", metavar="FILE", help="Score a JSONL file; needs no model."),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", metavar="NAME", help="A metric; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--metric",
+            metavar="NAME",
+            help="A metric; repeatable.",
+            autocompletion=_offered("metric_names"),
+        ),
     ] = None,
     against: Annotated[
         str | None,
@@ -147,6 +200,7 @@ def evaluate(
     processes: ProcessesOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
+    schema: SchemaOption = False,
 ) -> None:
     """Score a run on its evaluation data, with intervals, beside the untuned model."""
     from itune import commands, evaluating
@@ -174,7 +228,13 @@ def generate(
     ] = None,
     output: OutputOption = None,
     template: Annotated[
-        str | None, typer.Option("--template", metavar="NAME", help="Render prompts with it.")
+        str | None,
+        typer.Option(
+            "--template",
+            metavar="NAME",
+            help="Render prompts with it.",
+            autocompletion=_offered("template_names"),
+        ),
     ] = None,
     field: Annotated[
         list[str] | None,
@@ -265,7 +325,7 @@ def _run() -> None:
                     f"{errors.masked(each)}: a secret on the command line, where others see it. "
                     "Set it in the environment, such as HF_TOKEN."
                 )
-        app()
+        app(prog_name="itune")  # by whatever it was started: a shell completes this name
     except Exception as error:
         if signals.LISTENER.raised:  # and a library took it for a fault of its own
             raise signals.Stopped(signals.LISTENER.asked) from error

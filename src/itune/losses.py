@@ -195,7 +195,7 @@ def head_loss(
 
     states [rows, width], weight [vocabulary, width], wanted int64 [rows]; `chunk` rows at a time.
     """
-    chunk = chunk or chunk_of(weight)
+    chunk = chunk or chunk_of(len(states), weight)
     if not fused():
         loss: torch.Tensor = Chunked.apply(states, weight, bias, wanted, chunk)  # type: ignore[no-untyped-call]
         return loss
@@ -205,9 +205,13 @@ def head_loss(
     )
 
 
-def chunk_of(weight: torch.Tensor) -> int:
-    """How many rows at a time: fewer where each has a wide vocabulary's logits."""
-    return CHUNK if weight.shape[0] < WIDE else CHUNK // 2
+def chunk_of(rows: int, weight: torch.Tensor) -> int:
+    """How many rows at a time: fewer where each has a wide vocabulary's logits.
+
+    All chunks are of one size: 365 rows in two of 183 need less memory than 256 and 109.
+    """
+    most = CHUNK if weight.shape[0] < WIDE else CHUNK // 2
+    return -(-rows // max(1, -(-rows // most))) or 1
 
 
 @functools.cache

@@ -222,4 +222,7 @@ def schema() -> dict[str, Any]:
         many = made["$defs"]["Data"]["properties"][side]
         one = {key: many.pop(key) for key in ("items", "type")}
         many["anyOf"] = [one["items"], one]
+    for key, told in made["properties"].items():  # a section left empty has its defaults
+        if "$ref" in told and key not in made["required"]:
+            told["anyOf"] = [{"$ref": told.pop("$ref")}, {"type": "null"}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "Recipe"}

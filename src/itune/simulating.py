@@ -220,5 +220,5 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
 def _chunk_bytes(args: Any) -> int:
     """Bytes of the logits of one chunk, in torch's own loss over chunks of rows."""
     states, weight = [each for each in args if torch.is_tensor(each) and each.ndim == 2][:2]
-    rows = min(states.shape[0], losses.chunk_of(weight))
+    rows = losses.chunk_of(states.shape[0], weight)
     return int(rows * weight.shape[0] * torch.finfo(torch.float32).bits // 8)

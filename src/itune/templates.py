@@ -265,6 +265,11 @@ def load(name_or_path: str | Path) -> Template:
 def loads(text: str, where: str = "template.yaml") -> Template:
     """The template in a text; where: the file that messages name, whose stem is its name."""
     document = yamls.parse(text, where, errors.TemplateError)
+    if "task" not in document.data and {"model", "data"} <= set(document.data):
+        raise errors.TemplateError(
+            f"{where}: a recipe, and a template is looked for here. Give the recipe another name, "
+            "or name the template by its path, such as prompts/mine.yaml."
+        )
     if document.data.pop("name", None) is not None:
         document.fault(("name",), "unknown key. A template is named by its file.")
     _check_task(document)

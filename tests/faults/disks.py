@@ -25,6 +25,7 @@ class FaultyDisk(storage.Disk):
     kind: str
     at: int
     torn: bool
+    told: Path | None = None  # is made when the fault comes, for another process to see
     done: int = 0
     failed: bool = False
 
@@ -34,6 +35,8 @@ class FaultyDisk(storage.Disk):
         if not due:
             return
         self.failed = True
+        if self.told is not None:
+            self.told.touch()
         if self.torn:
             half()
         if self.kind == "kill":
@@ -69,7 +72,7 @@ class FaultyDisk(storage.Disk):
     def remove(self, path: Path) -> None:
         def half() -> None:
             for inside in sorted(path.iterdir())[:2] if path.is_dir() else []:
-                inside.unlink()
+                super(FaultyDisk, self).remove(inside)
 
         self._fail_now(half)
         super().remove(path)

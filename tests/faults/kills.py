@@ -85,7 +85,7 @@ def save_naively() -> None:
 
     whole_save = checkpoints.save
 
-    def save(folder: Path, state: Any, *, run_id: str, keep: int) -> Path:
+    def save(folder: Path, state: Any, *, run_id: str, keep: int, best: int = 0) -> Path:
         final = folder / f"{state.step:06d}"
         final.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=".") as beside:
@@ -120,11 +120,15 @@ def saving(run: Path, left: dict[Path, int]) -> bool:
     return any(left.get(path) != changed for path, changed in begun(run).items())
 
 
-def start(arguments: list[str]) -> int:
-    """A forked process that runs itune; returns its number."""
+def start(arguments: list[str], disk: Any = None) -> int:
+    """A forked process that runs itune, on another disk where one is given; returns its number."""
     child = os.fork()
     if child:
         return child
+    if disk is not None:
+        from itune import storage
+
+        storage.DISK = disk
     os.setsid()
     quiet = os.open(os.devnull, os.O_RDWR)
     errors = os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -74,6 +74,7 @@ ORDER = (
     "models",
     "fingerprints",
     "checkpoints",
+    "sharding",
     "jobs",
     "diverging",
     "compiling",

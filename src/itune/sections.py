@@ -317,6 +317,12 @@ class Launch(Record):
     hang_timeout: Annotated[Number, Field(ge=1)] = 600.0
     """Seconds in which each of several processes must finish a micro-batch; one that stands still
     for as long is named, and ends the run."""
+    fsdp: Flag = False
+    """Cut the model over the processes (torch's FSDP2): each keeps a part of every weight, gradient
+    and moment of the optimizer's, and gathers a layer when it computes. The result is the same."""
+    reshard_after_forward: Flag = True
+    """With `fsdp`: let go of a layer after the forward pass, and gather it again for the backward
+    pass. False is faster, and holds the whole model for the time between."""
 
 
 class Plan(Record):

@@ -34,6 +34,7 @@ from itune import (
     recipes,
     rowlosses,
     runs,
+    sharding,
     signals,
     sizing,
     storage,
@@ -98,7 +99,9 @@ class _Loop:
         made = optimizers.optimizer(job.model, settings)
         self.raw_optimizer = made
         self.scheduler = optimizers.schedule(made, settings, len(job.plan))
-        model, self.optimizer = accelerator.prepare(job.model, made)
+        self.cut = sharding.is_cut(job.model)
+        model = job.model if self.cut else accelerator.prepare(job.model)
+        self.optimizer = accelerator.prepare(made)
         self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.at = _Progress()
@@ -128,8 +131,8 @@ class _Loop:
                 )
             with torch.no_grad():
                 for name, parameter in own.items():
-                    parameter.copy_(state.weights[name])
-            self.raw_optimizer.load_state_dict(state.optimizer)
+                    parameter.copy_(sharding.part(state.weights[name], parameter))
+            self.raw_optimizer.load_state_dict(sharding.parts(state.optimizer, self.raw_optimizer))
             self.scheduler.load_state_dict(state.scheduler)
             checkpoints.set_random_state(state.rng[self.accelerator.process_index])
             self.at = _Progress(**state.meta)
@@ -149,11 +152,15 @@ class _Loop:
     def save(self) -> None:
         """Publish a checkpoint of the present step, from rank 0."""
         rng = _gathered([checkpoints.random_state()])
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        with beats.PULSE.meeting():
+            weights = sharding.gathered({n: p.detach() for n, p in self._trainable()}, keep=main)
+            moments = sharding.gathered(self.raw_optimizer.state_dict(), keep=main)
+        if main:
             state = checkpoints.State(
                 step=self.at.step,
-                weights={name: p.detach() for name, p in self._trainable()},
-                optimizer=self.raw_optimizer.state_dict(),
+                weights=weights,
+                optimizer=moments,
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,
                 meta=vars(self.at).copy(),
@@ -264,6 +271,9 @@ class _Loop:
         as it was cut, and this rank's summed loss. Raises EnvironmentRefusal when one row alone
         does not fit.
         """
+        if self.cut:  # every pass is a meeting, which no process can leave for a smaller one
+            with sharding.refusing_short(self.job.plan.micro_batch_tokens):
+                return step, self._gradients(step)
         drawn, planned = memory.Drawn(), self.job.plan.micro_batch_tokens
         while True:
             wanted, why = planned, ""
@@ -314,6 +324,10 @@ class _Loop:
             beats.PULSE.beat()
             if each is not None:
                 self.records += rowlosses.of_batch(self.job.corpus, rows, batch, each)
+        if self.cut:
+            for _ in range(max(map(len, step.ranks)) - count):
+                self._backward(self.feed.idle, 0.0, None)
+                beats.PULSE.beat()
         return summed
 
     def _backward(
@@ -321,7 +335,8 @@ class _Loop:
     ) -> torch.Tensor:
         """Add a micro-batch's gradient, `scale` times; returns its summed loss."""
         model = self.job.model
-        with self.accelerator.no_sync(model):  # processes meet when the step is whole
+        # Processes meet when the step is whole; those of a cut model in each layer.
+        with beats.PULSE.meeting() if self.cut else self.accelerator.no_sync(model):
             with self.clock.phase("forward"), self.accelerator.autocast():
                 loss = losses.summed(model, batch, head=self.job.path.head, each=each, balance=True)
             with self.clock.phase("backward"):
@@ -334,6 +349,7 @@ class _Loop:
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         with beats.PULSE.meeting():
             total = self.accelerator.reduce(summed, "sum")
+            norm = None if norm is None else sharding.whole(norm)
         if norm is None:
             norm = torch.full_like(total, math.nan)
         # The one place in a step where the device is waited for.

@@ -352,6 +352,8 @@ def test_sharding_that_would_not_happen_is_refused(
     ended = cli("pretrain", "-r", "pre.yaml")
     assert ended.code == 3
     assert kind in ended.err
+    assert "--set launch.fsdp=true" in ended.err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

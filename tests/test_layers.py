@@ -79,6 +79,7 @@ ORDER = (
     "fingerprints",
     "checkpoints",
     "bests",
+    "sharding",
     "jobs",
     "diverging",
     "compiling",

@@ -241,6 +241,17 @@ FIELDS = {
     "adapter: lora": "x.yaml:4: adapter: expected a mapping of keys, found 'lora'.",
     "launch: {num_processes: 0}": "x.yaml:4: launch.num_processes: expected a whole number >= 1, "
     "found 0.",
+    "quantization: {quant_method: torchao}\nadapter: {peft_type: lora}\nlaunch: {fsdp: true}": (
+        "x.yaml:4: quantization: beside launch.fsdp: weights of few bits are not cut. Take one of "
+        "the two out."
+    ),
+    "training: {torch_compile: true}\nlaunch: {fsdp: true}": "x.yaml:4: training.torch_compile: "
+    "beside launch.fsdp: compiled layers are not cut. Take one of the two out.",
+    "training: {optim: adafactor}\nlaunch: {fsdp: true}": "x.yaml:4: training.optim: beside "
+    "launch.fsdp: adafactor keeps moments of rows and columns, which are not cut. Take one of the "
+    "two out.",
+    "launch: {fsdp: full_shard}": "x.yaml:4: launch.fsdp: expected true or false, found "
+    "'full_shard'.",
     'output: {dir: "a\\0b"}': "x.yaml:4: output.dir: 'a\\x00b' holds a control character. "
     "Delete it.",
     "output: {dir: .}": "x.yaml:4: output.dir: '.' is no folder for one run. Name one below it.",

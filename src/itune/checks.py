@@ -38,6 +38,7 @@ def check(document: yamls.Document, command: str) -> None:
     _check_model(document)
     _check_data(document, command)
     _check_training(document)
+    _check_sharding(document)
     metrics = _section(document, "evaluation").get("metrics")
     if isinstance(metrics, list):
         records.metric_faults(document, ("evaluation", "metrics"), metrics, of_model=True)
@@ -153,6 +154,26 @@ def _check_training(document: yamls.Document) -> None:
                 "goes by the held-out loss, and none is measured. Give data.eval, and leave "
                 "training.heldout_rows above 0.",
             )
+
+
+def _check_sharding(document: yamls.Document) -> None:
+    """Note what does not go with a model that is cut over processes."""
+    launch, training = _section(document, "launch"), _section(document, "training")
+    if launch.get("fsdp") is not True:
+        return
+    beside = {
+        ("quantization",): "weights of few bits are not cut",
+        ("training", "torch_compile"): "compiled layers are not cut",
+        ("training", "optim"): "adafactor keeps moments of rows and columns, which are not cut",
+    }
+    unfit = (
+        bool(_section(document, "quantization")),
+        training.get("torch_compile") is True,
+        training.get("optim") == "adafactor",
+    )
+    for (key, why), found in zip(beside.items(), unfit, strict=True):
+        if found:
+            document.fault(key, f"beside launch.fsdp: {why}. Take one of the two out.")
 
 
 # --- options over the file -----------------------------------------------------------------------

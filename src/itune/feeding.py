@@ -6,6 +6,7 @@ Needs torch. Nothing here draws random numbers: what is trained on is the plan's
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -81,6 +82,14 @@ class Feed:
         for _ in range(count):
             rows, batch = self._next()
             yield rows, batch.to(self.device)
+
+    @functools.cached_property
+    def idle(self) -> Any:
+        """A batch of the shortest example: what a process computes to no effect while others,
+        which need its part of a cut model, have micro-batches left.
+        """
+        shortest = np.array([self.corpus.lengths.argmin()])
+        return self.collate(self.corpus, shortest).to(self.device)
 
     def _next(self) -> Any:
         started = time.perf_counter()

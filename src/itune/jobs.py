@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from itune import batches, beats, errors, losses, models, plans, probing, recipes, runs
+from itune import batches, beats, errors, losses, models, plans, probing, recipes, runs, sharding
 
 if TYPE_CHECKING:
     from itune import data
@@ -192,11 +192,15 @@ def measure(
     if most is not None:
         pieces = pieces[: most * accelerator.num_processes]
     total = torch.zeros((), dtype=torch.float64)
-    for rows in pieces[accelerator.process_index :: accelerator.num_processes]:
+    own = pieces[accelerator.process_index :: accelerator.num_processes]
+    # The processes of a cut model need each other in every pass.
+    idle = -(-len(pieces) // accelerator.num_processes) - len(own) if sharding.is_cut(model) else 0
+    for k, rows in enumerate([*own, *pieces[:1] * idle]):
         batch = job.collate(corpus, rows).to(accelerator.device)
         with accelerator.autocast():
             loss = losses.summed(accelerator.unwrap_model(model), batch, head=job.path.head)
-        total += loss.double().cpu()
+        if k < len(own):
+            total += loss.double().cpu()
         beats.PULSE.beat()
     model.train(was_training)
     with beats.PULSE.meeting():

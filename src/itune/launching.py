@@ -66,8 +66,9 @@ def _refuse_sharding() -> None:
     for kind in ("deepspeed", "fsdp", "megatron_lm"):
         if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
             raise errors.EnvironmentRefusal(
-                f"accelerate launch: asks for {kind}, and itune holds the whole model on each "
-                "device so far. Launch without it; an adapter or quantization needs less memory."
+                f"accelerate launch: asks for {kind}, which itune does not take from there. Launch "
+                "without it, and set launch.fsdp: true in the recipe (or --set launch.fsdp=true): "
+                "weights, gradients and moments are then cut over the processes."
             )
 
 

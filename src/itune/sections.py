@@ -345,6 +345,12 @@ class Launch(Record):
     mtbf_hours: Annotated[Number, Field(gt=0)] | None = None
     """Mean hours between two failures of one device, preemptions among them: what `save_steps:
     auto` goes by. A run of 8 processes fails 8 times as often."""
+    fsdp: Flag = False
+    """Cut the model over the processes (torch's FSDP2): each keeps a part of every weight, gradient
+    and moment of the optimizer's, and gathers a layer when it computes. The result is the same."""
+    reshard_after_forward: Flag = True
+    """With `fsdp`: let go of a layer after the forward pass, and gather it again for the backward
+    pass. False is faster, and holds the whole model for the time between."""
 
 
 class Plan(Record):

@@ -36,6 +36,7 @@ from itune import (
     recipes,
     rowlosses,
     runs,
+    sharding,
     signals,
     sizing,
     storage,
@@ -105,7 +106,9 @@ class _Loop:
         made = optimizers.optimizer(job.model, settings)
         self.raw_optimizer = made
         self.scheduler = optimizers.schedule(made, settings, len(job.plan))
-        model, self.optimizer = accelerator.prepare(job.model, made)
+        self.cut = sharding.is_cut(job.model)
+        model = job.model if self.cut else accelerator.prepare(job.model)
+        self.optimizer = accelerator.prepare(made)
         self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.at = _Progress()
@@ -138,7 +141,7 @@ class _Loop:
                     f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
                 )
             self._put(state.weights)
-            self.raw_optimizer.load_state_dict(state.optimizer)
+            self.raw_optimizer.load_state_dict(sharding.parts(state.optimizer, self.raw_optimizer))
             self.scheduler.load_state_dict(state.scheduler)
             rank, world = self.accelerator.process_index, self.accelerator.num_processes
             if differs := checkpoints.go_on(state, rank, world, self.settings.seed):
@@ -164,7 +167,7 @@ class _Loop:
     def _put(self, weights: checkpoints.Tensors) -> None:
         with torch.no_grad():
             for name, parameter in self._trainable():
-                parameter.copy_(weights[name])
+                parameter.copy_(sharding.part(weights[name], parameter))
 
     def _wants_best(self) -> bool:
         """Whether the weights that are to come out are not the present ones."""
@@ -181,11 +184,15 @@ class _Loop:
     def save(self) -> None:
         """Publish a checkpoint of the present step, from rank 0."""
         rng = _gathered([checkpoints.random_state()])
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        with beats.PULSE.meeting():
+            weights = sharding.gathered({n: p.detach() for n, p in self._trainable()}, keep=main)
+            moments = sharding.gathered(self.raw_optimizer.state_dict(), keep=main)
+        if main:
             state = checkpoints.State(
                 step=self.at.step,
-                weights={name: p.detach() for name, p in self._trainable()},
-                optimizer=self.raw_optimizer.state_dict(),
+                weights=weights,
+                optimizer=moments,
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,
                 meta=asdict(self.at),
@@ -317,6 +324,9 @@ class _Loop:
         as it was cut, and this rank's summed loss. Raises EnvironmentRefusal when one row alone
         does not fit.
         """
+        if self.cut:  # every pass is a meeting, which no process can leave for a smaller one
+            with sharding.refusing_short(self.job.plan.micro_batch_tokens):
+                return step, self._gradients(step)
         drawn, planned = memory.Drawn(), self.job.plan.micro_batch_tokens
         while True:
             wanted, why = planned, ""
@@ -367,6 +377,10 @@ class _Loop:
             beats.PULSE.beat()
             if each is not None:
                 self.records += rowlosses.of_batch(self.job.corpus, rows, batch, each)
+        if self.cut:
+            for _ in range(max(map(len, step.ranks)) - count):
+                self._backward(self.feed.idle, 0.0, None)
+                beats.PULSE.beat()
         return summed
 
     def _backward(
@@ -374,7 +388,8 @@ class _Loop:
     ) -> torch.Tensor:
         """Add a micro-batch's gradient, `scale` times; returns its summed loss."""
         model = self.job.model
-        with self.accelerator.no_sync(model):  # processes meet when the step is whole
+        # Processes meet when the step is whole; those of a cut model in each layer.
+        with beats.PULSE.meeting() if self.cut else self.accelerator.no_sync(model):
             with self.clock.phase("forward"), self.accelerator.autocast():
                 loss = losses.summed(model, batch, head=self.job.path.head, each=each, balance=True)
             with self.clock.phase("backward"):
@@ -387,6 +402,7 @@ class _Loop:
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit)
         with beats.PULSE.meeting():
             total = self.accelerator.reduce(summed, "sum")
+            norm = None if norm is None else sharding.whole(norm)
         if norm is None:
             norm = torch.full_like(total, math.nan)
         # The one place in a step where the device is waited for.

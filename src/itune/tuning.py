@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from itune import (
     adapters,
@@ -33,6 +35,7 @@ from itune import (
     recipes,
     rehearsing,
     runs,
+    sharding,
     sizing,
     starting,
     training,
@@ -114,15 +117,60 @@ def _tuned(
             planned=forecasting.kept(recipe, accelerator.num_processes),
         )
     rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
-    job = sizing.fitted(job, settings, run, accelerator, screen.say)
+    result = model
+    if _is_cut(recipe, accelerator, screen):
+        result = _cut(recipe, run, job, accelerator, screen)
+    else:
+        job = sizing.fitted(job, settings, run, accelerator, screen.say)
     with compiling.layers(job, settings, kernel, accelerator.autocast, screen.say):
         outcome = training.fit(job, settings, run, accelerator, screen)
     screen.end()
+    if result is not model:
+        sharding.fill(result, model, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
-        model.set_attn_implementation(kernel)  # that of packed rows is no part of the result
-        finishing.finish(recipe, run, model, encoder, outcome, screen.say)
+        result.set_attn_implementation(kernel)  # that of packed rows is no part of the result
+        finishing.finish(recipe, run, result, encoder, outcome, screen.say)
         jobs.track_result(accelerator, outcome.steps, asdict(outcome), screen.say)
     accelerator.wait_for_everyone()
+
+
+def _is_cut(recipe: recipes.Recipe, accelerator: Accelerator, screen: watching.Watcher) -> bool:
+    if recipe.launch.fsdp and accelerator.num_processes == 1:
+        screen.say("launch.fsdp: one process, which holds the whole model; nothing is cut")
+        return False
+    return recipe.launch.fsdp
+
+
+def _cut(
+    recipe: recipes.Recipe,
+    run: runs.Run,
+    job: jobs.Job,
+    accelerator: Accelerator,
+    screen: watching.Watcher,
+) -> Any:
+    """Cut the model over the processes; returns what its weights are put into when it is trained.
+
+    What a whole model is tried for has been tried by now.
+    """
+    result = sharding.outline(job.model)
+    layers, lengths = compiling.repeated(job.model), job.corpus.lengths
+    middle = np.argsort(lengths, kind="stable")[len(lengths) // 2][None]
+    sharding.cut(
+        job.model,
+        layers,
+        job.collate(job.corpus, middle).to(accelerator.device),
+        job.path.head,
+        accelerator,
+        reshard_after_forward=recipe.launch.reshard_after_forward,
+    )
+    kept = gather_object([sharding.kept(job.model)])
+    screen.say(
+        f"launch.fsdp: cut over {len(kept)} processes, each keeps up to {max(kept):,} parameters "
+        f"and gathers the rest, {len(layers)} layers one by one"
+    )
+    if accelerator.is_main_process:
+        run.update(fsdp={"kept": kept, "layers": len(layers)})
+    return result
 
 
 def _model(

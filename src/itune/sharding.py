@@ -1,0 +1,231 @@
+"""A model cut over the processes of a run, each of which keeps a part of every weight (FSDP2).
+
+Needs torch. torch's own `fully_shard` does it, by the same calls on CPUs and GPUs: each repeated
+layer is gathered when it computes and let go of afterwards, and what is left goes with the root.
+Gradients and the optimiser's state are cut as their weights are. Whatever leaves the processes (a
+checkpoint, the result) is whole again. Every function that gathers is called by every process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from itune import batches, errors, losses, memory, probing
+
+# Gradients that are compared before and after: the smaller tensors first, up to so many numbers.
+COMPARED = 64_000_000
+
+
+def cut(
+    model: Any,
+    layers: Sequence[Any],
+    batch: batches.Batch,
+    head: str,
+    accelerator: Accelerator,
+    *,
+    reshard_after_forward: bool,
+) -> None:
+    """Cut a whole model, which every process holds, in its place; each of its layers by itself.
+
+    Gradients are summed over processes, not averaged. What is computed in bfloat16 is gathered in
+    it, and summed in float32; else numbers are those of the whole model. A batch shows that they
+    are: raises ModelError where its loss or gradients are others afterwards, or none.
+    """
+    compared = _smallest(model)
+    before = _seen(model, batch, head, accelerator, compared)
+    try:
+        _shard(model, layers, accelerator, reshard_after_forward)
+        after = _seen(model, batch, head, accelerator, compared)
+    except (ValueError, TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
+        if memory.is_short(error):
+            raise
+        raise _refusal(model, " ".join(str(error).split())[:200]) from error
+    mixed = accelerator.mixed_precision == "bf16" or model.dtype != torch.float32
+    largest = max((float(each.abs().max()) for each in before[1:]), default=0.0)
+    for name, old, new in zip(("loss", *compared), before, after, strict=True):
+        size = float(old.abs()) if name == "loss" else largest
+        off = float((old - new).abs().max()) / max(size, 1e-9)
+        if not off <= (probing.ROUNDED if mixed else probing.EXACT):
+            what = "its loss is" if name == "loss" else f"the gradient of {name} is"
+            raise _refusal(model, f"{what} then off by {off:.1e}")
+
+
+def _refusal(model: Any, why: str) -> errors.ModelError:
+    return errors.ModelError(
+        f"launch.fsdp: {type(model).__name__.removeprefix('FSDP')} cannot be cut over processes: "
+        f"{why}. Set launch.fsdp to false."
+    )
+
+
+def _shard(
+    model: Any, layers: Sequence[Any], accelerator: Accelerator, reshard_after_forward: bool
+) -> None:
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    mixed = accelerator.mixed_precision == "bf16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(model, **options)  # the root's are used first and last, and stay in between
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    # Of an output that is written into, whose gradient is then wrong: that is looked at.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+def _smallest(model: Any) -> list[str]:
+    """The names of the smaller tensors that are trained, COMPARED numbers or one of them."""
+    named = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    named.sort(key=lambda each: each[1])
+    room = itertools.accumulate(size for _, size in named)
+    return [name for (name, _), total in zip(named, room, strict=True) if total <= COMPARED] or [
+        named[0][0]
+    ]
+
+
+def _seen(
+    model: Any, batch: batches.Batch, head: str, accelerator: Accelerator, compared: Sequence[str]
+) -> list[torch.Tensor]:
+    """The loss of a batch and the gradients of some parameters, whole and in float32.
+
+    What is drawn is drawn alike each time, and no random state changes.
+    """
+    named = dict(model.named_parameters())
+    training, drawn = model.training, memory.Drawn()
+    torch.manual_seed(0)
+    model.train()
+    with accelerator.autocast():
+        loss = losses.summed(model, batch, head=head)
+    if is_cut(model):
+        loss.backward()
+        found = [named[name].grad for name in compared]
+        # As many gradients are summed as there are processes, of one batch.
+        made = [None if g is None else whole(g) / accelerator.num_processes for g in found]
+    else:
+        made = list(torch.autograd.grad(loss, [named[n] for n in compared], allow_unused=True))
+    model.zero_grad()
+    model.train(training)
+    drawn.restore()
+    blank = loss.new_zeros(())
+    return [loss.detach().float(), *((blank if g is None else g.float()) for g in made)]
+
+
+@contextlib.contextmanager
+def refusing_short(tokens: int) -> Iterator[None]:
+    """Have memory that runs out in a micro-batch of so many tokens told of with what helps.
+
+    Raises EnvironmentRefusal, which ends this process and with it the others, that wait for it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not memory.is_short(error):
+            raise
+        raise errors.EnvironmentRefusal(
+            f"launch.fsdp: a micro-batch of {tokens:,} tokens does not fit the memory "
+            f"({memory.told(error)}). Lower training.micro_batch_tokens, set "
+            "training.gradient_checkpointing, or take more processes."
+        ) from error
+
+
+def is_cut(model: Any) -> bool:
+    """Whether a model was cut."""
+    return isinstance(model, FSDPModule)
+
+
+def kept(model: Any) -> int:
+    """How many of a model's parameters this process keeps; each shared one counts once."""
+    return sum(
+        p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters()
+    )
+
+
+# --- whole tensors, and parts of them -----------------------------------------------------------
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor gathered from all processes; one that is not cut, as it is."""
+    if isinstance(tensor, DTensor):
+        full: torch.Tensor = tensor.full_tensor()
+        return full
+    return tensor
+
+
+def gathered(value: Any, *, keep: bool) -> Any:
+    """Mappings and lists with every cut tensor whole, on the CPU: one at a time, and only where
+    they are kept.
+    """
+    if isinstance(value, dict):
+        return {key: gathered(each, keep=keep) for key, each in value.items()}
+    if isinstance(value, list):
+        return [gathered(each, keep=keep) for each in value]
+    if isinstance(value, DTensor):
+        full = whole(value.detach())
+        return full.cpu() if keep else None
+    return value
+
+
+def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This process's part of a whole tensor that every process holds, cut as another is."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    moved = tensor.to(like.device)
+    # Every process has read the same file, so nothing is sent.
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def parts(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's whole state_dict, cut as the parameters of the optimiser are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    cut_state = {
+        number: {
+            name: part(value, parameters[number]) if torch.is_tensor(value) else value
+            for name, value in fields.items()
+        }
+        for number, fields in state["state"].items()
+    }
+    return {**state, "state": cut_state}
+
+
+# --- the result ---------------------------------------------------------------------------------
+
+
+def outline(model: Any) -> Any:
+    """A copy of a whole model without its weights, for `fill`: cutting leaves no way back."""
+    blank = {
+        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    return copy.deepcopy(model, {**blank, **{id(b): b for b in model.buffers()}})
+
+
+@torch.no_grad()
+def fill(outline: Any, model: Any, *, keep: bool) -> None:
+    """Give an outline the weights of the cut model that it is of, whole and on the CPU.
+
+    Only where they are kept: elsewhere it stays without.
+    """
+    cut_ones = dict(model.named_parameters())
+    found: dict[int, torch.nn.Parameter] = {}
+    for name, p in outline.named_parameters():
+        full = gathered(cut_ones[name], keep=keep)
+        if keep:
+            found[id(p)] = torch.nn.Parameter(full, requires_grad=p.requires_grad)
+    if keep:
+        for module in outline.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    module._parameters[name] = found[id(p)]

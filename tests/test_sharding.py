@@ -1,0 +1,209 @@
+"""A model that is cut over processes trains to what a whole one does. On a CPU, by gloo.
+
+The same calls cut it on GPUs, which no test here shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import Itune, saved
+from faults.kills import prepare
+from safetensors.torch import load_file
+
+Cli = Callable[..., Any]
+FSDP = ("-p", "2", "-s", "launch.fsdp=true")
+LORA = ("-s", "adapter={peft_type: lora, r: 4, target_modules: all-linear}")
+NEAR = 1e-5  # of losses, norms and weights. The order of sums alone differs: seen 8e-7
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> Path:
+    """A folder with data and recipe, and a tiny Llama of 115,008 parameters without dropout."""
+    prepare(tmp_path, saved(tmp_path / "made", "causal"))
+    return tmp_path
+
+
+def line(*more: object) -> list[str]:
+    return ["tune", "-r", "run.yaml", *map(str, more)]
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(each) for each in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "model").glob("*model.safetensors")
+    return load_file(path)
+
+
+def same(one: Path, other: Path, near: float = NEAR) -> None:
+    """Losses, gradient norms, held-out losses and weights are the same, within `near`."""
+    first, second = log(one), log(other)
+    assert len(first) == len(second) > 0
+    for a, b in zip(first, second, strict=True):
+        for key in {"loss", "grad_norm", "heldout_loss"} & {*a, *b}:
+            assert b[key] == pytest.approx(a[key], rel=near)
+        assert (a["tokens"], a["supervised_tokens"]) == (b["tokens"], b["supervised_tokens"])
+    left, right = weights(one), weights(other)
+    assert left.keys() == right.keys()
+    assert max(float((left[k] - right[k]).abs().max()) for k in left) < near
+
+
+def kept(run: Path) -> list[int]:
+    """How many parameters each process held, by the sizes of its own tensors."""
+    found: list[int] = json.loads((run / "run.json").read_text())["fsdp"]["kept"]
+    return found
+
+
+def test_all_weights_are_trained_as_by_one_process(ready: Path, cli: Cli, itune: Itune) -> None:
+    assert cli(*line("-q", "-o", "runs/one")).code == 0
+    two = itune(*line("-o", "runs/two", *FSDP))
+    assert two.returncode == 0, two.stderr
+    assert "Warning" not in two.stderr
+    same(ready / "runs/one", ready / "runs/two")
+    assert kept(ready / "runs/two") == [57_504, 57_504]
+    assert "each keeps up to 57,504 parameters" in two.stderr
+
+    shutil.rmtree(ready / "model")  # the result needs nothing but itself
+    model = transformers.AutoModelForCausalLM.from_pretrained(ready / "runs/two/model")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    trained = weights(ready / "runs/two")
+    assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
+
+
+def test_an_adapter_is_trained_as_by_one_process_where_one_of_two_has_no_rows(
+    ready: Path, cli: Cli, itune: Itune
+) -> None:
+    """A step of one row is the first process's; the second gathers and gives weights all the same.
+    What is computed again in the backward pass is gathered again.
+    """
+    few = (*LORA, "-s", "training.tokens_per_step=20", "-s", "training.gradient_checkpointing=true")
+    assert cli(*line("-q", "-o", "runs/one", *few)).code == 0
+    two = itune(*line("-o", "runs/two", *few, *FSDP))
+    assert two.returncode == 0, two.stderr
+    same(ready / "runs/one", ready / "runs/two")
+    assert kept(ready / "runs/two") == [61_600, 61_600]
+    base = transformers.AutoModelForCausalLM.from_pretrained(ready / "model")
+    tuned = peft.PeftModel.from_pretrained(base, ready / "runs/two/model")
+    assert tuned(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+def test_one_process_has_nothing_to_cut_and_says_so(ready: Path, cli: Cli) -> None:
+    ended = cli(*line("-s", "launch.fsdp=true", "-s", "training.max_steps=1"))
+    assert ended.code == 0, ended.err
+    assert "launch.fsdp: one process, which holds the whole model" in ended.err
+
+
+SHORT = """
+import os
+from itune import cli, losses
+import torch
+real = losses.summed
+def summed(model, batch, **given):
+    loss = real(model, batch, **given)
+    if "balance" in given and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    return loss
+losses.summed = summed
+cli.main()
+"""
+WRONG = """
+from itune import cli, sharding
+real = sharding._shard
+def shard(model, *given):
+    real(model, *given)
+    model.set_gradient_divide_factor(2.0)
+sharding._shard = shard
+cli.main()
+"""
+TOLD = {
+    SHORT: (3, "launch.fsdp: a micro-batch of 150 tokens does not fit the memory (CUDA out of "),
+    WRONG: (2, "launch.fsdp: LlamaForCausalLM cannot be cut over processes: the gradient of "),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TOLD, ids=["short of memory", "wrong gradients"])
+def test_what_cannot_be_cut_ends_in_a_line(script: str, ready: Path) -> None:
+    """Also where one process alone runs short, and the others wait for it."""
+    code, said = TOLD[script]
+    (ready / "script.py").write_text(script)
+    ended = launched(ready, "script.py", "-o", "runs/ended")
+    assert said in ended.stderr
+    assert f"exitcode  : {code}" in ended.stderr
+    assert not (ready / "runs/ended/log.jsonl").read_text()
+    assert json.loads((ready / "runs/ended/run.json").read_text())["state"] == "failed"
+
+
+def launched(
+    folder: Path, script: str, *more: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script that changes itune, by two processes."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    return subprocess.run(
+        [sys.executable, *start, *line(*more, "-s", "launch.fsdp=true")],
+        cwd=folder, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment},
+    )  # fmt: skip
+
+
+TORN = """
+import os, signal
+from itune import cli, training
+real = training._Loop._apply
+def torn(self, *given):
+    if self.at.step == 5 and "KILLED" in os.environ:
+        os._exit(9)
+    if self.at.step == 8 and "STOPPED" in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, *given)
+training._Loop._apply = torn
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_a_run_that_went_on_is_the_one_that_never_stopped(
+    more: tuple[str, ...], ready: Path, itune: Itune, cli: Cli
+) -> None:
+    """Killed after a checkpoint, stopped by a signal, and gone on with to the end: bit for bit."""
+    more = (*more, "-s", "training.save_steps=4", "-s", "training.micro_batch_tokens=60", "-q")
+    done = itune(*line("-o", "runs/straight", *more, *FSDP))
+    assert done.returncode == 0, done.stderr
+    (ready / "torn.py").write_text(TORN)
+    for how, steps in (("KILLED", 5), ("STOPPED", 9)):
+        ended = launched(ready, "torn.py", "-o", "runs/torn", *more, **{how: "yes"})
+        assert ended.returncode != 0
+        assert len(log(ready / "runs/torn")) == steps, ended.stderr
+    assert "stopped by SIGTERM after step 9 of 12, with a checkpoint" in ended.stderr
+    shutil.copytree(ready / "runs/torn", ready / "runs/whole")
+    done = itune(*line("-o", "runs/torn", *more, *FSDP))
+    assert done.returncode == 0, done.stderr
+
+    def left(run: Path) -> object:
+        logged = [{k: v for k, v in each.items() if k != "seconds"} for each in log(run)]
+        (path,) = (run / "model").glob("*model.safetensors")
+        return logged, hashlib.sha256(path.read_bytes()).hexdigest()
+
+    assert left(ready / "runs/torn") == left(ready / "runs/straight")
+    # The checkpoint of a cut model is one of a whole model.
+    done = itune(*line("-o", "runs/whole", *more, "-p", "2"))
+    assert done.returncode == 0, done.stderr
+    same(ready / "runs/whole", ready / "runs/straight")
+    assert cli(*line("-o", "runs/one", *more)).code == 0
+    same(ready / "runs/one", ready / "runs/straight")

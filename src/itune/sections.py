@@ -338,7 +338,8 @@ class Launch(Record):
     """How many processes train."""
 
     num_processes: Annotated[Whole, Field(ge=1)] | None = None
-    """Processes, one a device; one when left out. `--processes` says the same."""
+    """Processes, one a device, over all machines; one when left out. `--processes` says the same;
+    a launcher that was given another number is refused."""
     hang_timeout: Annotated[Number, Field(ge=1)] = 600.0
     """Seconds in which each of several processes must finish a micro-batch; one that stands still
     for as long is named, and ends the run."""

@@ -200,7 +200,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(family: str) -> PreTrainedModel:
+def tiny_model(family: str, positions: int = 512) -> PreTrainedModel:
     """Two layers of width 64 with random weights from a fixed seed: a Llama, a T5 or a BERT."""
     import torch
     import transformers
@@ -215,7 +215,7 @@ def tiny_model(family: str) -> PreTrainedModel:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                max_position_embeddings=512,
+                max_position_embeddings=positions,
                 **size,
             )
         )
@@ -237,7 +237,7 @@ def tiny_model(family: str) -> PreTrainedModel:
             intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=512,
+            max_position_embeddings=positions,
             **size,
         )
     )

@@ -6,7 +6,9 @@ imported: so it serves processes that are started afterwards.
 
 Who may do what stands in files that are read at each request: ROOT/writers and ROOT/readers hold
 tokens, one a line; ROOT/private the repositories (`models/org/name`) that others do not see.
-ROOT/revisions, where there is one, holds the revisions that there are.
+ROOT/revisions, where there is one, holds the revisions that there are; ROOT/cut the files
+(`org/name/path`) whose first sending ends in the middle, and ROOT/cut.ranges from where each of
+them was then asked for.
 Models take commits, of files in the request and of large ones by Git LFS (HF_HUB_DISABLE_XET=1).
 """
 
@@ -306,11 +308,29 @@ class Answer(BaseHTTPRequestHandler):
             "X-Repo-Commit": repository.sha(),
             "Accept-Ranges": "bytes",
         }
-        if match := RANGE.fullmatch(self.headers.get("Range") or ""):
+        match = RANGE.fullmatch(self.headers.get("Range") or "")
+        if f"{id_}/{name}" in self.server.lines("cut") and self.command == "GET":
+            ranges = self.server.root / "cut.ranges"
+            fresh = not ranges.exists()
+            with ranges.open("a", encoding="utf-8") as file:
+                file.write(f"{match[1] if match else 0}\n")
+            if fresh:
+                return self.torn(content, headers)
+        if match:
             first, last = int(match[1]), int(match[2] or len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return self.send(206, content[first : last + 1], headers)
         return self.send(200, content, headers)
+
+    def torn(self, content: bytes, headers: dict[str, str]) -> None:
+        """Half of what was promised, and the line is cut."""
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        self.wfile.flush()
+        self.close_connection = True
 
     def json(self, value: object) -> None:
         self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

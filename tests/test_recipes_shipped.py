@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Itune
+from conftest import ROOT
 
 from itune import recipes, templates
 
@@ -117,6 +116,10 @@ def named(paths: list[Path]) -> list[Any]:
     return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
 
 
+def command_of(path: Path) -> str:
+    return "pretrain" if path.stem.startswith("pretrain") else "tune"
+
+
 def sources(recipe: recipes.Recipe) -> list[recipes.Source]:
     return [*recipe.data.train, *recipe.data.eval]
 
@@ -142,7 +145,7 @@ def test_the_first_comment_says_what_it_shows(path: Path) -> None:
 
 @pytest.mark.parametrize("path", named(RECIPES))
 def test_recipe_loads_and_is_the_same_when_written_out(path: Path) -> None:
-    command = "pretrain" if path.stem == "pretrain" else "tune"
+    command = command_of(path)
     recipe = recipes.load(path, command=command)
     again = recipes.loads(recipes.dump(recipe), path.as_posix())
     assert recipes.digest(again) == recipes.digest(recipe)
@@ -155,7 +158,9 @@ def test_recipe_loads_and_is_the_same_when_written_out(path: Path) -> None:
 
 @pytest.mark.parametrize("path", named([path for path in RECIPES if path.parent.name == "recipes"]))
 def test_recipe_is_found_by_its_bare_name(path: Path) -> None:
-    assert recipes.digest(recipes.load(path.stem)) == recipes.digest(recipes.load(path))
+    command = command_of(path)
+    by_name = recipes.load(path.stem, command=command)
+    assert recipes.digest(by_name) == recipes.digest(recipes.load(path, command=command))
 
 
 @pytest.mark.parametrize("path", named(PROMPTS))
@@ -174,38 +179,3 @@ def test_prompt_renders_a_row_of_its_data(path: Path) -> None:
     assert template.answer(row) == answer
     assert template.gold(row) == gold
     assert template.columns() <= set(row)
-
-
-def row_for(template: str) -> Row:
-    """A row that the template can render, with what only its data set has beside."""
-    return {"messages": MESSAGES} if template == "chat" else ROWS[template][0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", named([path for path in RECIPES if path.parent.name == "recipes"]))
-def test_recipe_takes_two_steps_on_a_tiny_model_and_is_scored(
-    path: Path, itune: Itune, tiny_model_dir: Path
-) -> None:
-    recipe = recipes.load(path)
-    row = row_for(recipe.data.train[0].template or "")
-    rows = [{**row, "n": i} for i in range(100)]  # so that 2% of them is some
-    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    small = {
-        "model.name": tiny_model_dir,
-        "data.train.path": "rows.jsonl",
-        "data.eval.path": "rows.jsonl",
-        "data.allow_overlap": "true",
-        "training.max_steps": 2,
-        "training.max_length": 256,
-        "training.tokens_per_step": 512,
-        "generation.max_new_tokens": 4,
-    }
-    changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-    done = itune("tune", "--recipe", path, *changes, "--output", "run", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == 2
-    done = itune("eval", "--run", "run", "--json")
-    assert done.returncode == 0, done.stderr
-    (scores,) = json.loads(done.stdout)["tasks"].values()
-    assert scores["rows"] > 0
-    assert scores["against"]["scores"]

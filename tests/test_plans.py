@@ -154,6 +154,39 @@ def test_a_step_may_see_several_epochs_of_few_rows() -> None:
     assert sorted(rows(made)) == sorted([*range(200)] * 7)
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 64])
+def test_rows_are_cut_the_same_however_many_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plan(epochs=3)
+    monkeypatch.setattr(plans, "_AT_ONCE", at_once)
+    parts = plan(epochs=3)
+    assert parts.cuts.tolist() == whole.cuts.tolist()
+    assert parts.tokens_at.tolist() == whole.tokens_at.tolist()
+    assert parts.targets_at.tolist() == whole.targets_at.tolist()
+    assert rows(parts) == rows(whole)
+
+
+def test_a_thousand_ranks_hardly_wait_for_the_slowest() -> None:
+    """Also where attention counts, which grows with the square of a row's length: a model 2,048
+    wide, 16,384 tokens a rank, rows of up to 2,048."""
+    world, draw = 1024, np.random.default_rng(0)
+    sizes = np.clip(draw.lognormal(5.0, 0.8, 150_000), 8, 2048).astype(np.int64)
+    made = plans.plan(
+        lambda _epoch: np.arange(len(sizes)),
+        sizes,
+        sizes,
+        tokens_per_step=world * 16_384,
+        micro_batch_tokens=8192,
+        max_steps=1,
+        world=world,
+    )
+    (step,) = steps(made)
+    for costs in (sizes, sizes * (1 + sizes / (12 * 2048))):
+        loads = np.array([sum(costs[part].sum() for part in rank) for rank in step.ranks])
+        assert 1 - loads.mean() / loads.max() < 0.01
+
+
 def test_a_plan_takes_no_object_a_row() -> None:
     """A million rows in under 100 MB: ten million in under a gigabyte."""
     count = 1_000_000

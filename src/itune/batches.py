@@ -27,20 +27,18 @@ def micro_batches(
 
     `padded`: a micro-batch costs its longest row times its rows.
     """
-    out: list[np.ndarray] = []
-    current: list[int] = []
+    rows = np.asarray(rows, np.int64)
+    sizes: list[int] = lengths[rows].tolist()  # of Python's own: read one by one, they are faster
+    cuts = [0]
     longest = total = 0
-    for row in rows:
-        length = int(lengths[row])
-        cost = max(longest, length) * (len(current) + 1) if padded else total + length
-        if current and cost > limit:
-            out.append(np.array(current))
-            current, longest, total = [], 0, 0
-        current.append(row)
+    for place, length in enumerate(sizes):
         longest, total = max(longest, length), total + length
-    if current:
-        out.append(np.array(current))
-    return out
+        cost = longest * (place + 1 - cuts[-1]) if padded else total
+        if place > cuts[-1] and cost > limit:
+            cuts.append(place)
+            longest = total = length
+    ends = [*cuts[1:], len(sizes)]
+    return [rows[a:b] for a, b in zip(cuts, ends, strict=True) if b > a]
 
 
 # --- tensors ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -64,6 +65,31 @@ def set_random_state(state: Tensors) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def go_on(state: State, rank: int, world: int, seed: int) -> str | None:
+    """Give this process the random state of its rank, and say what differs for a run whose number
+    of processes changed.
+
+    A rank that was not there draws from (seed, step, rank), so that the same start gives the same.
+    """
+    if rank < len(state.rng):
+        set_random_state(state.rng[rank])
+    else:
+        drawn = np.random.SeedSequence([seed, state.step, rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(drawn[0]))
+        random.seed(int(drawn[0]))
+    if world == len(state.rng):
+        return None
+    return (
+        f"goes on after step {state.step} in {_processes(world)}, was "
+        f"{_processes(len(state.rng))}: every step has the same rows; what is drawn at random in "
+        "it, such as dropout, differs."
+    )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process{'es' * (count > 1)}"
 
 
 # --- saving -------------------------------------------------------------------------------------

@@ -137,6 +137,13 @@ def _check_training(document: yamls.Document) -> None:
             ("training", "micro_batch_tokens"),
             f"{micro} is more than tokens_per_step, {tokens}. Lower it or leave it out.",
         )
+    if training.get("save_steps") == "auto" and not _section(document, "launch").get("mtbf_hours"):
+        document.fault(
+            ("training", "save_steps"),
+            "auto goes by how often a device fails, and launch.mtbf_hours does not say. Give it: "
+            "some 50,000 for a GPU in a well-kept cluster, a few for one that is lent until "
+            "somebody pays more.",
+        )
     for name in ("patience", "load_best_model_at_end"):
         if training.get(name) and not (
             _section(document, "data").get("eval") and training.get("heldout_rows", 1)

@@ -184,7 +184,7 @@ class Corpus:
         sample drawn anew each epoch. Each visit takes the wording that its number gives. An
         example's place follows from its own row alone, so it needs no other row to be known.
         """
-        pieces = np.arange(len(self)) - np.searchsorted(self._rows, self._rows)
+        pieces = self._pieces()
         chosen, keys = [], []
         for number, (source, n_wordings) in enumerate(
             zip(self.sources, self.wordings, strict=True)
@@ -196,7 +196,7 @@ class Corpus:
                     rows = self.row[members].astype(np.uint64)
                     turn = templates.wording_of(n_wordings, seed, visit, rows)
                     picked = members[self.wording[members] == turn]
-                piece = pieces[picked] if n_wordings == 1 else np.zeros_like(picked)
+                piece = 0 if pieces is None or n_wordings > 1 else pieces[picked]
                 key = orders.keys(seed, visit, number, self.row[picked], piece)
                 if share < 1:
                     first = np.argsort(key, kind="stable")[: orders.taken(len(key), share)]
@@ -205,6 +205,16 @@ class Corpus:
                 keys.append(key)
         order = np.argsort(np.concatenate(keys), kind="stable")
         return np.asarray(np.concatenate(chosen)[order])
+
+    def _pieces(self) -> np.ndarray | None:
+        """Which piece of its row each example is, int64; None where every row is one."""
+        rows = self._rows
+        new = rows[1:] != rows[:-1]
+        if new.all():
+            return None
+        places = np.arange(len(rows))
+        places[1:][~new] = 0
+        return np.asarray(np.arange(len(rows)) - np.maximum.accumulate(places))
 
     @property
     def _rows(self) -> np.ndarray:

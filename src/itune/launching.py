@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from itune import beats, errors, runs, signals
+from itune import beats, errors, launchers, runs, signals
 
 # Set for processes whose launcher is itune itself, to a name of that launch alone.
 SUPERVISED = "ITUNE_SUPERVISED"
@@ -39,8 +39,12 @@ def ensure(
 
     Returns when one process does, and under a launcher, which has started them already. `folder`:
     where they are `heard`, so that one which stands still for `hang_timeout` seconds ends them all.
+    Raises EnvironmentRefusal where a launcher was given another number.
     """
     _refuse_sharding()
+    left_to_us = launchers.asked()
+    launchers.refuse_another(processes, left_to_us)
+    processes = left_to_us or processes
     if processes is None or processes <= 1 or "LOCAL_RANK" in os.environ:
         return
     import torch

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from itune import data, recipes
 
 _ORDERS_KEPT = 2  # a step may lie across the border of two epochs
+_AT_ONCE = 1 << 22  # rows that are cut in one go; chosen: some 200 MB, whatever the run's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,10 @@ class _Growing:
     def take(self, rows: np.ndarray, lengths: np.ndarray, targets: np.ndarray, limit: int) -> None:
         """One more epoch. Its last step stays open: the next epoch's rows may still fit."""
         self.starts.append(self.seen)
+        for begin in range(0, len(rows), _AT_ONCE):
+            self._take(rows[begin : begin + _AT_ONCE], lengths, targets, limit)
+
+    def _take(self, rows: np.ndarray, lengths: np.ndarray, targets: np.ndarray, limit: int) -> None:
         first = self.seen - len(self.open_lengths)
         costs = np.concatenate([self.open_lengths, lengths[rows]])
         ends = _cuts(costs, limit)[:-1]
@@ -273,10 +278,10 @@ def _shared(rows: np.ndarray, lengths: np.ndarray, world: int) -> list[np.ndarra
         return [ordered]
     shares: list[list[int]] = [[] for _ in range(world)]
     loads = [(0, rank) for rank in range(world)]
-    for row in ordered.tolist():
+    for row, length in zip(ordered.tolist(), lengths[ordered].tolist(), strict=True):
         load, rank = loads[0]
         shares[rank].append(row)
-        heapq.heapreplace(loads, (load + int(lengths[row]), rank))
+        heapq.heapreplace(loads, (load + length, rank))
     return [np.array(share, np.int64) for share in shares]
 
 

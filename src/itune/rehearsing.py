@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def rehearse(
             tried += [_track(tracker) for tracker in accelerator.trackers]
             if not begun:
                 _save_and_load(run, encoder)
-                _write_and_read(run, state)
+            if not begun or "checkpoint_seconds" not in run.manifest:
+                run.update(checkpoint_seconds=_write_and_read(run, state))
                 tried.append(f"a checkpoint of {_megabytes(_size(state))}")
         if job.heldout is not None and not begun:
             _measure(job, job.heldout, accelerator)
@@ -189,7 +191,9 @@ def _refuse_little_room(
 
 def checkpoints_more(settings: recipes.Training, steps: int, left: int, there: int = 0) -> int:
     """How many checkpoints a run with so many steps to go will add to those that are there."""
-    saves = math.ceil(left / plans.share_or_count(settings.save_steps, steps))
+    auto = isinstance(settings.save_steps, str)  # not known yet: at most every step
+    every = 1 if auto else plans.share_or_count(float(settings.save_steps), steps)
+    saves = math.ceil(left / every)
     kept = settings.save_total_limit
     if settings.keeps_best:
         saves += math.ceil(left / plans.share_or_count(settings.eval_steps, steps))
@@ -209,19 +213,25 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _write_and_read(run: runs.Run, state: checkpoints.State) -> None:
-    """Publish a checkpoint in a folder of its own, read it back, and take it away again."""
+def _write_and_read(run: runs.Run, state: checkpoints.State) -> float:
+    """Publish a checkpoint in a folder of its own, read it back, and take it away again.
+
+    Returns the seconds that publishing took.
+    """
     folder, run_id = run.checkpoints / TRIAL, str(run.manifest["id"])
     if folder.exists():  # of a run that was killed here
         storage.DISK.remove(folder)
     try:
+        began = time.monotonic()
         path = checkpoints.save(folder, state, run_id=run_id, keep=1)
+        seconds = round(time.monotonic() - began, 4)
         fault = checkpoints.fault(path, run_id) or _other(checkpoints.load(path), state)
         if fault:
             raise errors.EnvironmentRefusal(
                 f"{run.checkpoints}: a checkpoint was written and reads back otherwise: {fault}. "
                 "Choose another disk with --output."
             )
+        return seconds
     finally:
         _take_away(folder)
 

@@ -33,6 +33,21 @@ def _share_or_count(value: float) -> float:
 Steps = Annotated[Number, Field(gt=0), pydantic.AfterValidator(_share_or_count)]
 
 
+def _auto_or_number(value: Any) -> Any:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(
+            f"expected a number of steps, a share below 1, or auto, found {errors.shown(value)}."
+        )
+    return value
+
+
+StepsOrAuto = Annotated[
+    Annotated[Steps, pydantic.Tag("<number>")] | Annotated[Literal["auto"], pydantic.Tag("<text>")],
+    pydantic.Discriminator(lambda value: "<text>" if isinstance(value, str) else "<number>"),
+    pydantic.PlainSerializer(lambda value: value),  # as it is: a whole number stays one
+]
+
+
 class TokenizerRecipe(Record):
     """A tokenizer trained on the training data before the model starts."""
 
@@ -233,8 +248,9 @@ class Training(Record):
     """Added to Adam's denominator."""
     seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 17
     """Decides every random choice: weights from scratch, order of rows, wordings, dropout."""
-    save_steps: Steps = 0.1
-    """Steps from one checkpoint to the next; below 1 a share of all steps."""
+    save_steps: Annotated[StepsOrAuto, pydantic.BeforeValidator(_auto_or_number)] = 0.1
+    """Steps from one checkpoint to the next; below 1 a share of all steps. `auto` decides once,
+    from the seconds that steps and a checkpoint take and from `launch.mtbf_hours`."""
     eval_steps: Steps = 0.25
     """Steps from one measurement of the held-out loss to the next; below 1 a share of all."""
     heldout_rows: Annotated[Whole, Field(ge=0)] = 256
@@ -326,6 +342,9 @@ class Launch(Record):
     hang_timeout: Annotated[Number, Field(ge=1)] = 600.0
     """Seconds in which each of several processes must finish a micro-batch; one that stands still
     for as long is named, and ends the run."""
+    mtbf_hours: Annotated[Number, Field(gt=0)] | None = None
+    """Mean hours between two failures of one device, preemptions among them: what `save_steps:
+    auto` goes by. A run of 8 processes fails 8 times as often."""
 
 
 class Plan(Record):

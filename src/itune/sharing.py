@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from itune import launching
+from itune import launchers, launching
 
 T = TypeVar("T")
 
@@ -52,6 +52,8 @@ def affordable(explicit: int | None, of_recipe: int | None) -> int | None:
     the command line is: scores are the same with any number.
     """
     if explicit is not None or of_recipe is None or of_recipe < 2 or "LOCAL_RANK" in os.environ:
+        return explicit
+    if launchers.asked() is not None:  # it decides, as on a command line
         return explicit
     import torch
 

@@ -31,6 +31,7 @@ from itune import (
     losses,
     memory,
     optimizers,
+    pacing,
     plans,
     recipes,
     rowlosses,
@@ -57,6 +58,9 @@ class _Progress:
     bad_steps: int = 0
     heldout_loss: float | None = None
     best: bests.Best = field(default_factory=bests.Best)
+    save_every: int = (
+        0  # other than 0: steps between checkpoints, as training.save_steps=auto found
+    )
     micro_batch_tokens: int = 0  # other than 0: what the memory held less than the plan has
 
 
@@ -110,7 +114,13 @@ class _Loop:
         self.records: list[dict[str, Any]] = []
         self.run_id = str(run.manifest["id"])
         total = len(job.plan)
-        self.save_every = plans.share_or_count(settings.save_steps, total)
+        self.save_every = total  # until the pace is known, which is then kept with the run
+        self.pace: pacing.Pace | None = None
+        if isinstance(settings.save_steps, str):
+            hours = run.recipe.launch.mtbf_hours or math.inf
+            self.pace = pacing.Pace(hours, accelerator.num_processes)
+        else:
+            self.save_every = plans.share_or_count(settings.save_steps, total)
         self.eval_every = plans.share_or_count(settings.eval_steps, total)
 
     # --- checkpoints ---
@@ -123,20 +133,22 @@ class _Loop:
         if path is not None:
             state = checkpoints.load(path)
             own = dict(self._trainable())
-            if set(own) != set(state.weights) or len(state.rng) != self.accelerator.num_processes:
+            if set(own) != set(state.weights):
                 raise errors.RunError(
-                    f"{path}: holds other parameters or another number of processes "
-                    f"({len(state.rng)} there, {self.accelerator.num_processes} now). Run it as "
-                    "before, or start anew with --fresh."
+                    f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
                 )
             self._put(state.weights)
             self.raw_optimizer.load_state_dict(state.optimizer)
             self.scheduler.load_state_dict(state.scheduler)
-            checkpoints.set_random_state(state.rng[self.accelerator.process_index])
+            rank, world = self.accelerator.process_index, self.accelerator.num_processes
+            if differs := checkpoints.go_on(state, rank, world, self.settings.seed):
+                self.watcher.say(differs)
             self.at = _Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
             if self._wants_best():
                 self.at.best.checkpoint(self.run)  # that it is gone is told before the work
             self._take_smaller(self.at.micro_batch_tokens)
+            if self.pace is not None and self.at.save_every:
+                self.save_every, self.pace = self.at.save_every, None
         else:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
         beats.PULSE.beat(self.at.step)
@@ -236,7 +248,12 @@ class _Loop:
         """One step, and what falls due after it."""
         started, waited, keeping = time.monotonic(), self.feed.waited, False
         record = self._step(self.feed.step())
-        self.at.seconds += time.monotonic() - started
+        took = time.monotonic() - started
+        self.at.seconds += took
+        if self.pace is not None and self.pace.add(took):
+            wanted = self.pace.decided(self.run, len(self.job.plan), self.watcher.say)
+            self.at.save_every = self.save_every = _gathered([wanted])[0]  # the first one's word
+            self.pace = None
         self.at.waited += self.feed.waited - waited
         if self._due(self.eval_every) and self.job.heldout is not None:
             with self.clock.phase("held-out loss"):

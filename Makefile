@@ -55,9 +55,10 @@ size: setup  ## lengths of files and functions, and what nobody calls
 bench: setup  ## itune against its peers on one workload, some minutes; BENCH="--venv trl=DIR" adds TRL
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
+# Without --quiet, which hides from --strict what it shall fail for.
 docs: setup  ## the site, in site/; a link that leads nowhere is an error
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

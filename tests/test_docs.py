@@ -15,7 +15,7 @@ import typer.main
 import yaml
 from conftest import ROOT
 
-from itune import cli, recipes, templates
+from itune import cli, recipes, records, templates
 
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
@@ -89,6 +89,17 @@ def refusal(words: list[str]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def named_recipes(page: str) -> set[str]:
+    """The recipes that commands of a page name barely, which have to be among the shipped."""
+    found = {
+        words[place + 1]
+        for words in commands(page)
+        for place, word in enumerate(words[:-1])
+        if word in ("--recipe", "-r")
+    }
+    return {name for name in found if name.islower() and not name.endswith(".yaml")}
+
+
 def files(page: str) -> Iterator[tuple[str, str]]:
     """The files that a page shows whole, by the name that it gives them."""
     for _, title, body in FENCE.findall(page):
@@ -113,6 +124,11 @@ def test_every_command_is_one_that_the_program_takes(name: str) -> None:
     assert not {line: fault for line, fault in faults.items() if fault}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_that_is_named_ships(name: str) -> None:
+    assert named_recipes(text(name)) <= set(records.names_in(ROOT / "recipes"))
+
+
 def test_a_wrong_option_and_a_dead_link_would_be_found() -> None:
     page = (
         "# Here\n\nSee [this](gone.md), [that](#nowhere) and `itune tune --recipe x --previw 1`.\n"
@@ -120,6 +136,7 @@ def test_a_wrong_option_and_a_dead_link_would_be_found() -> None:
     assert dead_links("docs/index.md", page) == ["gone.md", "#nowhere"]
     [wrong] = commands(page)
     assert "--previw" in refusal(wrong)
+    assert named_recipes("`itune tune --recipe imdv`") == {"imdv"}
     block = "```sh\nHF_HUB_OFFLINE=1 itune eval --metrics f1\n```\n"
     assert "--metrics" in refusal(next(commands(block)))
 

@@ -77,6 +77,7 @@ ORDER = (
     "jobs",
     "diverging",
     "compiling",
+    "averaging",
     "optimizers",
     "feeding",
     "gradients",

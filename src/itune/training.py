@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from itune import (
+    averaging,
     batches,
     beats,
     checkpoints,
@@ -101,6 +102,7 @@ class _Loop:
         model, self.optimizer = accelerator.prepare(job.model, made)
         self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.average = averaging.Average(self._trainable(), settings.swa_start, len(job.plan))
         self.at = _Progress()
         self.clock = timing.Clock()
         self.row_losses: rowlosses.File | None = None
@@ -133,6 +135,7 @@ class _Loop:
             self.scheduler.load_state_dict(state.scheduler)
             checkpoints.set_random_state(state.rng[self.accelerator.process_index])
             self.at = _Progress(**state.meta)
+            self.average.restore(state.average)
             self._take_smaller(self.at.micro_batch_tokens)
         else:
             torch.manual_seed(self.settings.seed + self.accelerator.process_index)
@@ -157,6 +160,7 @@ class _Loop:
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,
                 meta=vars(self.at).copy(),
+                average=self.average.mean,
             )
             storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
             if self.row_losses is not None:
@@ -196,6 +200,7 @@ class _Loop:
                 profile.step()
                 self._advance()
             profile.step()
+        self.average.take()
         self.clock.add("waiting for rows", self.feed.waited)
         if watched:
             title, columns = timing.title(profile), ("phase or operator", "seconds", "share")
@@ -208,7 +213,7 @@ class _Loop:
         self.at.seconds += time.monotonic() - started
         self.at.waited += self.feed.waited - waited
         if self._due(self.eval_every) and self.job.heldout is not None:
-            with self.clock.phase("held-out loss"):
+            with self.clock.phase("held-out loss"), self.average.lent():
                 self.at.heldout_loss = jobs.measure(self.job, self.job.heldout, self.accelerator)
             record["heldout_loss"] = self.at.heldout_loss
         with self.clock.phase("log"):
@@ -243,6 +248,7 @@ class _Loop:
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.at.step += 1
+        self.average.add(self.at.step)
         beats.PULSE.beat(self.at.step)
         self.at.tokens += step.tokens
         self.at.supervised_tokens += step.targets

@@ -131,3 +131,10 @@ def test_without_a_held_out_loss_there_is_no_best(
     assert key.partition("=")[0] in ended.err
     assert "Give data.eval" in ended.err
     assert not (ready / "runs").exists()
+
+
+def test_one_step_or_the_mean_of_many_comes_out(ready: Path, cli: Cli) -> None:
+    ended = cli(*line("training.patience=2", "training.swa_start=0.5"))
+    assert ended.code == 2
+    assert "swa_start" in ended.err
+    assert "patience" in ended.err

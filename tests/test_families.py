@@ -366,7 +366,15 @@ def test_choices_are_as_likely_as_their_loss_says(family: str) -> None:
     encoder, _ = answers(family)
     choices = ["sad", "a long old answer"]
     prompts = [[formats.Message("user", text)] for text in sentences(3)]
+    made: list[int] = []
+    hook = losses.output_layer(model).register_forward_hook(
+        lambda _, __, logits: made.append(logits[..., 0].numel())
+    )
     found = likelihoods.chances(model, encoder, prompts, choices)
+    hook.remove()
+    longest = int(found.tokens.max())
+    if family == "masked":
+        assert made == [longest * len(prompts)], "logits of masks alone"
     for k, prompt in enumerate(prompts):
         for c, choice in enumerate(choices):
             row = encoder.conversation([*prompt, formats.Message("assistant", choice)])
@@ -416,6 +424,50 @@ def test_masked_tokens_follow_berts_rule_and_change_with_the_visit() -> None:
     first, second = (objective.example(corpus, k * len(corpus))[0] for k in (0, 1))
     assert not np.array_equal(first, second)
     assert np.array_equal(first, objective.example(corpus, 0)[0])
+
+
+def test_a_part_of_a_prompt_is_hidden_in_training_alone() -> None:
+    encoder, corpus = answers("masked")
+    settings = recipes.Training(prompt_mask_prob=0.3)
+    objective = objectives.of(encoder, settings)
+    corpus = dataclasses.replace(corpus, plain=(False,))
+    plain = objectives.Masks.of(encoder, recipes.Training())
+    thinned = objectives.thinned(corpus, settings)
+    control, hidden, places = sorted(encoder.control), 0, 0
+    for visit in range(20):
+        for row in range(len(corpus)):
+            ids, targets = objective.example(thinned, row + visit * len(corpus))
+            whole, wanted = plain.example(corpus, row)
+            assert (targets == wanted).all(), "the same is learnt"
+            fixed = np.isin(whole, control)
+            assert (ids[fixed] == whole[fixed]).all(), "the frame and the answer's masks stay"
+            hidden += int((ids == encoder.tokenizer.mask_token_id)[~fixed].sum())
+            places += int((~fixed).sum())
+            assert (objective.example(corpus, row)[0] == whole).all(), "not where it is measured"
+    assert hidden / places == pytest.approx(0.3 * 0.8, abs=0.02)
+    first, second = (objective.example(thinned, k * len(corpus))[0] for k in (0, 1))
+    assert not np.array_equal(first, second)
+    assert objectives.changing(thinned, objective)
+    assert not objectives.changing(corpus, objective)
+
+
+def test_prompts_of_a_decoder_are_not_hidden(tmp_path: Path, cli: Any) -> None:
+    folder_with(tmp_path, *("gpt2", CONFIGS["gpt2"][1]))
+    found = cli("pretrain", "-r", "pretrain.yaml", "-s", "training.prompt_mask_prob=0.1")
+    assert found.code == 2
+    assert "training.prompt_mask_prob: 0.1, and the model is causal" in found.err
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])
+def test_a_tokenizer_reads_small_letters_where_that_is_asked(algorithm: Any) -> None:
+    def ids(text: str, **more: Any) -> list[int]:
+        wanted = recipes.TokenizerRecipe(algorithm=algorithm, vocab_size=330, **more)
+        made = vocabularies.train(wanted, iter(sentences(100)), "masked")
+        return made(text)["input_ids"]  # type: ignore[no-any-return]
+
+    assert ids("The CAT Likes") != ids("the cat likes")
+    small = ids("The CAT Likes", lowercase=True)
+    assert small == ids("the cat likes", lowercase=True)
 
 
 def test_whole_words_are_hidden_whole() -> None:

@@ -83,6 +83,7 @@ ORDER = (
     "jobs",
     "diverging",
     "compiling",
+    "averaging",
     "optimizers",
     "feeding",
     "gradients",

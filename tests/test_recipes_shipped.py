@@ -17,6 +17,7 @@ Row = dict[str, Any]
 # For each prompt a row as its data set has it, the answer, and what counts as right.
 ROWS: dict[str, tuple[Row, str, list[str]]] = {
     "sentiment": ({"text": "A fine film.", "label": 1}, "positive", ["positive"]),
+    "review": ({"text": "A fine film.", "label": 1}, "positive", ["positive"]),
     "squad": (
         {
             "context": "Ada lived in London.",

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "accumulated": ("tune", ["training.micro_batch_tokens=70"]),
     "mixture": ("tune", [MIXTURE, LORA]),
     "padded": ("tune", ["training.packing=false"]),
+    "averaged": ("tune", [LORA, "training.swa_start=5"]),
     "pretrain": ("pretrain", [TEXT]),
     "stream": ("pretrain", ["data.train=[{path: text.jsonl, streaming: true, limit: 30}]"]),
 }

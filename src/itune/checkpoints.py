@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from itune import errors, storage
 VERSION = 2  # 2: the best step
 MANIFEST = "manifest.json"
 PARTS = ("optimizer.safetensors", "rng.safetensors", "state.json", "weights.safetensors")
+AVERAGE = "average.safetensors"  # beside them where the weights are averaged
 Tensors = dict[str, torch.Tensor]
 
 
@@ -32,6 +33,7 @@ class State:
 
     weights: the trainable parameters by name. optimizer, scheduler: their state_dict. rng: what
     `random_state` gave on each rank. meta: step, tokens, seconds and what else is counted; JSON.
+    average: the mean of the weights so far, by name; empty where none is kept or none is begun.
     """
 
     step: int
@@ -40,6 +42,7 @@ class State:
     scheduler: dict[str, Any]
     rng: list[Tensors]
     meta: dict[str, Any]
+    average: Tensors = field(default_factory=dict)
 
 
 # --- random numbers -----------------------------------------------------------------------------
@@ -158,6 +161,8 @@ def _write(folder: Path, state: State, run_id: str, best: int) -> None:
     _write_tensors(folder / "weights.safetensors", state.weights)
     _write_tensors(folder / "optimizer.safetensors", moments)
     _write_tensors(folder / "rng.safetensors", rng)
+    if state.average:
+        _write_tensors(folder / AVERAGE, state.average)
     plain = {"optimizer": settings, "scheduler": state.scheduler, "meta": state.meta}
     _write_json(folder / "state.json", plain)
     listed = {}
@@ -287,6 +292,7 @@ def load(path: Path) -> State:
         scheduler=saved["scheduler"],
         rng=[rng[rank] for rank in sorted(rng)],
         meta=saved["meta"],
+        average=load_file(path / AVERAGE) if (path / AVERAGE).is_file() else {},
     )
 
 

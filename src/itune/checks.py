@@ -154,6 +154,8 @@ def _check_training(document: yamls.Document) -> None:
                 "goes by the held-out loss, and none is measured. Give data.eval, and leave "
                 "training.heldout_rows above 0.",
             )
+        if training.get(name) and training.get("swa_start") is not None:
+            _both(document, ("training", name), ("training", "swa_start"))
 
 
 def _check_sharding(document: yamls.Document) -> None:
@@ -165,11 +167,13 @@ def _check_sharding(document: yamls.Document) -> None:
         ("quantization",): "weights of few bits are not cut",
         ("training", "torch_compile"): "compiled layers are not cut",
         ("training", "optim"): "adafactor keeps moments of rows and columns, which are not cut",
+        ("training", "swa_start"): "the mean of the weights is not cut",
     }
     unfit = (
         bool(_section(document, "quantization")),
         training.get("torch_compile") is True,
         training.get("optim") == "adafactor",
+        training.get("swa_start") is not None,
     )
     for (key, why), found in zip(beside.items(), unfit, strict=True):
         if found:

@@ -94,14 +94,14 @@ class _Made:
     def planned(self, path: probing.Path, recipe: recipes.Recipe | None = None) -> plans.Plan:
         """The plan of steps of a path."""
         training = (recipe or self.recipe).training
-        changing = objectives.of(self.encoder, training) is not None and any(self.corpus.plain)
+        objective = objectives.of(self.encoder, training)
         return plans.of_run(
             training,
             self.corpus,
             world=self.processes,
             padded=path.padded,
             alone=path.layout == probing.ALONE,
-            changing=changing,
+            changing=objectives.changing(self.corpus, objective),
         )
 
     def forecast(self) -> forecasting.Forecast:

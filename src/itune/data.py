@@ -77,6 +77,7 @@ class Corpus:
     ids int32 [tokens]; supervised bool [tokens]; starts int64 [examples + 1]; and per example
     its source, its row in it, its wording and whether it was cut (int32 [examples] each). What
     has one value a token is mapped from files and never read as a whole: take `example(i)`.
+    `thinned`: whether prompts are hidden in part, which is for training alone.
     `learnt` holds the targets an example where they are known. For each source, `plain` says
     whether its examples are running text, `taken` what `sources.Rows.taken` is.
     """
@@ -97,6 +98,7 @@ class Corpus:
     duplicated: int = 0
     plain: tuple[bool, ...] = ()
     taken: tuple[np.ndarray | None, ...] = ()
+    thinned: bool = False
 
     def __len__(self) -> int:
         return len(self.starts) - 1

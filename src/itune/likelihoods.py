@@ -167,16 +167,20 @@ def _unshareable(model: Any, pairs: Sequence[_Pair]) -> str:
 
 
 def _filled(model: Any, pairs: Sequence[_Pair], encoder: encoding.Encoder) -> Found:
-    """All choices read off one pass over the prompts and their masks."""
+    """All choices read off one pass over the prompts, with logits at their masks alone."""
     width = max(len(each.prompt) for each in pairs)
     ids, mask = _block([each.prompt for each in pairs], width, left=False)
     ids = ids.masked_fill(mask == 0, int(encoder.tokenizer.pad_token_id or 0))
-    output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
-    logits = output.logits[:, output.logits.shape[1] - width :]
+    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    longest = [max(map(len, each.answers)) for each in pairs]
+    places = [
+        k * width + each.begin + i
+        for k, (each, size) in enumerate(zip(pairs, longest, strict=True))
+        for i in range(size)
+    ]
+    made = losses.logits_at(model, inputs, torch.tensor(places, device=model.device))
     out = []
-    for k, each in enumerate(pairs):
-        longest = max(map(len, each.answers))
-        place = logits[k, each.begin : each.begin + longest].float().log_softmax(-1)
+    for each, place in zip(pairs, made.float().log_softmax(-1).split(longest), strict=True):
         table = place.double().cpu().numpy()
         out.append([table[np.arange(len(answer)), answer] for answer in each.answers])
     return out

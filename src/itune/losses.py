@@ -116,6 +116,33 @@ def _kept(model: torch.nn.Module, batch: batches.Batch) -> tuple[torch.Tensor, A
     return output.logits.flatten(0, 1).index_select(0, places), output
 
 
+def logits_at(model: Any, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> torch.Tensor:
+    """Logits at some places of a padded batch, [places, vocabulary]; no others are made.
+
+    inputs: what the model is called with, `input_ids` [batch, time] among it; places int64
+    [places], counted through the flattened batch.
+    """
+    layer, width = output_layer(model), inputs["input_ids"].shape[1]
+    if layer is None:
+        logits: torch.Tensor = model(**inputs).logits
+        return logits[:, logits.shape[1] - width :].flatten(0, 1).index_select(0, places)
+    before, instead = vars(layer).get("forward"), layer.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        mine = hidden[:, hidden.shape[1] - width :].flatten(0, 1).index_select(0, places)
+        made: torch.Tensor = instead(mine[None])
+        return made
+
+    layer.forward = forward
+    try:
+        found: torch.Tensor = model(**inputs).logits[0]
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+    return found
+
+
 def columns(batch: batches.Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """The columns of the targets that hold any, and for each target which of them it is in."""
     found: tuple[torch.Tensor, torch.Tensor] = torch.unique(

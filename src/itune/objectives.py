@@ -66,6 +66,11 @@ def first_position(model: Any) -> int:
 
 def of(encoder: encoding.Encoder, training: recipes.Training) -> Objective | None:
     """The objective of an encoder's family; None where every next token is learnt."""
+    if training.prompt_mask_prob and encoder.family != families.MASKED:
+        raise errors.RecipeError(
+            f"training.prompt_mask_prob: {training.prompt_mask_prob}, and the model is "
+            f"{encoder.family}: only a masked one has a token that hides. Take it out."
+        )
     if encoder.family == families.SEQ2SEQ:
         return Spans.of(encoder, training)
     return Masks.of(encoder, training) if encoder.family == families.MASKED else None
@@ -78,6 +83,16 @@ def counted(corpus: data.Corpus, objective: Objective | None, room: int) -> data
     documents = np.array(corpus.plain)[corpus.source]
     counts = objective.count(np.maximum(corpus.lengths - room, 1))
     return dataclasses.replace(corpus, learnt=np.where(documents, counts, corpus.targets))
+
+
+def thinned(corpus: data.Corpus, training: recipes.Training) -> data.Corpus:
+    """The corpus with its prompts hidden in part, where training asks for that."""
+    return dataclasses.replace(corpus, thinned=training.prompt_mask_prob > 0)
+
+
+def changing(corpus: data.Corpus, objective: Objective | None) -> bool:
+    """Whether what an example shows is another thing at each of its visits."""
+    return objective is not None and (any(corpus.plain) or corpus.thinned)
 
 
 def _text(corpus: data.Corpus, row: int) -> bool:
@@ -130,7 +145,8 @@ class Masks:
     Of a document a share `probability` of its tokens, 1 at least; of those most become the mask
     token, some any token, some stay. With `begins` (bool a vocabulary entry: whether a word begins
     with it) whole words are hidden, until there are enough tokens; of the last word only as many
-    as are wanted carry loss.
+    as are wanted carry loss. Of a prompt a share `prompt` is hidden so, each token by itself, and
+    none of it is learnt.
     """
 
     mask_id: int
@@ -140,6 +156,7 @@ class Masks:
     masked: float
     random: float
     begins: np.ndarray | None = None
+    prompt: float = 0.0
 
     @classmethod
     def of(cls, encoder: encoding.Encoder, training: recipes.Training) -> Masks:
@@ -154,6 +171,7 @@ class Masks:
             masked=training.mask_replace_prob,
             random=training.random_replace_prob,
             begins=beginnings(tokenizer) if training.whole_word_mask else None,
+            prompt=training.prompt_mask_prob,
         )
 
     def count(self, tokens: np.ndarray) -> np.ndarray:
@@ -167,6 +185,8 @@ class Masks:
         targets = np.full(len(ids), batches.IGNORED, np.int64)
         if not _text(corpus, row % len(corpus)):
             targets[supervised] = ids[supervised]
+            if corpus.thinned:
+                self._thin(ids, ~supervised, _drawing(self.seed, corpus, row))
             ids[supervised] = self.mask_id
             return ids, targets
         places = np.flatnonzero(supervised)
@@ -175,6 +195,12 @@ class Masks:
         targets[places[learnt]] = ids[places[learnt]]
         ids[places[hidden]] = self._instead(ids[places[hidden]], draw)
         return ids, targets
+
+    def _thin(self, ids: np.ndarray, asked: np.ndarray, draw: np.random.Generator) -> None:
+        """Hide a share `prompt` of a prompt's tokens, control tokens aside, in place."""
+        places = np.flatnonzero(asked & np.isin(ids, self.ordinary))
+        places = places[draw.random(len(places)) < self.prompt]
+        ids[places] = self._instead(ids[places], draw)
 
     def _drawn(self, ids: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are hidden, and which of them are learnt."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import errors, recipes
+from itune import averaging, errors, recipes
 
 
 def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
@@ -47,9 +47,12 @@ def blank_state(model: Any, settings: recipes.Training) -> dict[str, Any]:
 
 
 def state_bytes(model: Any, settings: recipes.Training) -> int:
-    """Bytes that the optimiser's state will have after a step."""
+    """Bytes that the optimiser's state will have after a step, and the mean of the weights."""
     every = _outline(model, settings)["state"].values()
-    return sum(t.nbytes for fields in every for t in fields.values() if torch.is_tensor(t))
+    moments = sum(t.nbytes for fields in every for t in fields.values() if torch.is_tensor(t))
+    if settings.swa_start is None:
+        return moments
+    return moments + sum(averaging.size(p) for p in model.parameters() if p.requires_grad)
 
 
 def _outline(model: Any, settings: recipes.Training) -> dict[str, Any]:

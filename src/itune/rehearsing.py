@@ -131,6 +131,7 @@ def _state(job: jobs.Job, settings: recipes.Training, world: int) -> checkpoints
         scheduler={},
         rng=[checkpoints.random_state() for _ in range(world)],
         meta={},
+        average={} if settings.swa_start is None else {k: t.float() for k, t in weights.items()},
     )
 
 

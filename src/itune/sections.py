@@ -56,6 +56,9 @@ class TokenizerRecipe(Record):
     line breaks nor characters that the training data lacks)."""
     vocab_size: Annotated[Whole, Field(ge=16, le=10_000_000)]
     """Entries of the vocabulary, special tokens included."""
+    lowercase: Flag = False
+    """Read every text in small letters, and write none but these: words in a short vocabulary are
+    then in fewer pieces."""
 
 
 Tokenizer = Annotated[
@@ -238,6 +241,9 @@ class Training(Record):
     """How often all the training rows are seen; not together with `max_steps`."""
     max_steps: Annotated[Whole, Field(ge=-1), pydantic.AfterValidator(_steps_or_none)] = -1
     """Stop after this many optimizer steps; -1 counts epochs instead."""
+    swa_start: Steps | None = None
+    """Steps after which the mean of the weights is kept, and is the result: stochastic weight
+    averaging. Below 1 a share of all steps; nothing is averaged when left out."""
     optim: Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"] = "adamw_torch_fused"
     """The optimizer, as transformers names it."""
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
@@ -287,6 +293,9 @@ class Training(Record):
     """The share of the hidden tokens that become the mask token, for masked models."""
     random_replace_prob: Annotated[Number, Field(ge=0, le=1)] = 0.1
     """The share of the hidden tokens that become any token; the rest stays as it is."""
+    prompt_mask_prob: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """The share of a prompt's tokens that is hidden in the same way, other ones at each visit and
+    without loss, for masked models: a regularizer of tuning."""
     mean_noise_span_length: Annotated[Number, Field(ge=1)] = 3.0
     """Mean length in tokens of the spans that are hidden in a document, for seq2seq models."""
     row_losses: Flag = False

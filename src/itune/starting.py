@@ -81,7 +81,7 @@ def read(
     corpus = canaries.corpus(recipe, train, encoder, command)
     heldout = data.heldout(recipe, encoder, command)
     objective = objectives.of(encoder, settings)
-    corpus = objectives.counted(corpus, objective, encoder.room)
+    corpus = objectives.thinned(objectives.counted(corpus, objective, encoder.room), settings)
     if heldout is not None:
         heldout = objectives.counted(heldout, objective, encoder.room)
     return encoder, corpus, heldout

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from itune import (
+    averaging,
     batches,
     beats,
     bests,
@@ -111,6 +112,7 @@ class _Loop:
         self.optimizer = accelerator.prepare(made)
         self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.average = averaging.Average(self._trainable(), settings.swa_start, len(job.plan))
         self.at = _Progress()
         self.clock = timing.Clock()
         self.row_losses: rowlosses.File | None = None
@@ -149,6 +151,7 @@ class _Loop:
             self.at = _Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
             if self._wants_best():
                 self.at.best.checkpoint(self.run)  # that it is gone is told before the work
+            self.average.restore(state.average)
             self._take_smaller(self.at.micro_batch_tokens)
             if self.pace is not None and self.at.save_every:
                 self.save_every, self.pace = self.at.save_every, None
@@ -196,6 +199,7 @@ class _Loop:
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,
                 meta=asdict(self.at),
+                average=self.average.mean,
             )
             storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
             if self.row_losses is not None:
@@ -246,6 +250,7 @@ class _Loop:
                 profile.step()
                 self._advance()
             profile.step()
+        self.average.take()
         self.clock.add("waiting for rows", self.feed.waited)
         if watched:
             title, columns = timing.title(profile), ("phase or operator", "seconds", "share")
@@ -263,7 +268,7 @@ class _Loop:
             self.pace = None
         self.at.waited += self.feed.waited - waited
         if self._due(self.eval_every) and self.job.heldout is not None:
-            with self.clock.phase("held-out loss"):
+            with self.clock.phase("held-out loss"), self.average.lent():
                 self.at.heldout_loss = jobs.measure(self.job, self.job.heldout, self.accelerator)
             record["heldout_loss"] = self.at.heldout_loss
             better = self.at.best.heard(self.at.step, self.at.heldout_loss)
@@ -303,6 +308,7 @@ class _Loop:
             self.scheduler.step()
         self.optimizer.zero_grad()
         self.at.step += 1
+        self.average.add(self.at.step)
         beats.PULSE.beat(self.at.step)
         self.at.tokens += step.tokens
         self.at.supervised_tokens += step.targets

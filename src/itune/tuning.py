@@ -94,7 +94,7 @@ def _tuned(
         world=accelerator.num_processes,
         padded=path.padded,
         alone=path.layout == probing.ALONE,
-        changing=objective is not None and any(corpus.plain),
+        changing=objectives.changing(corpus, objective),
     )
     pad_id = encoder.tokenizer.pad_token_id
     job = jobs.Job(model, corpus, heldout, plan, path.collate(pad_id), path)

@@ -92,7 +92,9 @@ def _trained(wanted: recipes.TokenizerRecipe, texts: Iterator[str], special: lis
     trainer: Any
     if wanted.algorithm == "wordpiece":
         built = Tokenizer(kinds.WordPiece(unk_token="[UNK]"))
-        built.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+        built.normalizer = normalizers.BertNormalizer(
+            lowercase=wanted.lowercase, strip_accents=False
+        )
         built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         built.decoder = decoders.WordPiece()
         built.train_from_iterator(texts, trainers.WordPieceTrainer(**common))
@@ -102,6 +104,8 @@ def _trained(wanted: recipes.TokenizerRecipe, texts: Iterator[str], special: lis
         built, trainer = Tokenizer(kinds.Unigram()), trainers.UnigramTrainer(**common)
     else:
         built, trainer = Tokenizer(kinds.BPE()), trainers.BpeTrainer(**common)
+    if wanted.lowercase:
+        built.normalizer = normalizers.Lowercase()
     # Every piece starts like a word inside a text, so that an answer's first word is the same
     # token as in the middle of a sentence.
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -91,6 +91,7 @@ ORDER = (
     "rowlosses",
     "timing",
     "watching",
+    "keeping",
     "training",
     "slots",
     "picking",

@@ -9,25 +9,22 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from itune import (
     averaging,
     batches,
     beats,
-    bests,
-    checkpoints,
     diverging,
     errors,
     feeding,
     gradients,
     jobs,
+    keeping,
     launching,
     losses,
     memory,
@@ -40,30 +37,11 @@ from itune import (
     sharding,
     signals,
     sizing,
-    storage,
     timing,
     watching,
 )
 
 # --- the loop -----------------------------------------------------------------------------
-
-
-@dataclass
-class _Progress:
-    """What the loop counts, kept in checkpoints."""
-
-    step: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    bad_steps: int = 0
-    heldout_loss: float | None = None
-    best: bests.Best = field(default_factory=bests.Best)
-    save_every: int = (
-        0  # other than 0: steps between checkpoints, as training.save_steps=auto found
-    )
-    micro_batch_tokens: int = 0  # other than 0: what the memory held less than the plan has
 
 
 def fit(
@@ -83,7 +61,7 @@ def fit(
     loop.resume()
     with signals.LISTENER.waiting(), beats.PULSE.working():
         loop.train()
-        loop.take_best()
+        loop.keeper.take_best()
     return loop.outcome()
 
 
@@ -105,19 +83,21 @@ class _Loop:
             watcher,
         )
         made = optimizers.optimizer(job.model, settings)
-        self.raw_optimizer = made
         self.scheduler = optimizers.schedule(made, settings, len(job.plan))
         self.cut = sharding.is_cut(job.model)
         model = job.model if self.cut else accelerator.prepare(job.model)
         self.optimizer = accelerator.prepare(made)
         self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.average = averaging.Average(self._trainable(), settings.swa_start, len(job.plan))
-        self.at = _Progress()
+        self.average = averaging.Average(
+            keeping.trainable(model, accelerator), settings.swa_start, len(job.plan)
+        )
+        self.keeper = keeping.Keeper(
+            model, settings, run, accelerator, made, self.scheduler, self.average
+        )
         self.clock = timing.Clock()
         self.row_losses: rowlosses.File | None = None
         self.records: list[dict[str, Any]] = []
-        self.run_id = str(run.manifest["id"])
         total = len(job.plan)
         self.save_every = total  # until the pace is known, which is then kept with the run
         self.pace: pacing.Pace | None = None
@@ -128,92 +108,26 @@ class _Loop:
             self.save_every = plans.share_or_count(settings.save_steps, total)
         self.eval_every = plans.share_or_count(settings.eval_steps, total)
 
-    # --- checkpoints ---
+    @property
+    def at(self) -> keeping.Progress:
+        """How far the run is."""
+        return self.keeper.at
 
     def resume(self) -> None:
-        """Restore the newest whole checkpoint: weights, optimiser, schedule, RNG, counts."""
-        path, broken = checkpoints.latest(self.run.checkpoints, self.run_id)
-        for why in broken:
-            launching.warn(why)
-        if path is not None:
-            state = checkpoints.load(path)
-            own = dict(self._trainable())
-            if set(own) != set(state.weights):
-                raise errors.RunError(
-                    f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
-                )
-            self._put(state.weights)
-            self.raw_optimizer.load_state_dict(sharding.parts(state.optimizer, self.raw_optimizer))
-            self.scheduler.load_state_dict(state.scheduler)
-            rank, world = self.accelerator.process_index, self.accelerator.num_processes
-            if differs := checkpoints.go_on(state, rank, world, self.settings.seed):
-                self.watcher.say(differs)
-            self.at = _Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
-            if self._wants_best():
-                self.at.best.checkpoint(self.run)  # that it is gone is told before the work
-            self.average.restore(state.average)
-            self._take_smaller(self.at.micro_batch_tokens)
-            if self.pace is not None and self.at.save_every:
-                self.save_every, self.pace = self.at.save_every, None
-        else:
-            torch.manual_seed(self.settings.seed + self.accelerator.process_index)
+        """Go on from the newest whole checkpoint, or begin."""
+        self.keeper.resume(self.watcher)
+        self._take_smaller(self.at.micro_batch_tokens)
+        if self.pace is not None and self.at.save_every:
+            self.save_every, self.pace = self.at.save_every, None
         beats.PULSE.beat(self.at.step)
         if self.accelerator.is_main_process:
             self.run.cut_log(self.at.step)
         plan = self.job.plan
         self.watcher.begin(len(plan), plan.tokens, self.at.step, self.at.tokens)
 
-    def _trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        inner = self.accelerator.unwrap_model(self.job.model)
-        return ((name, p) for name, p in inner.named_parameters() if p.requires_grad)
-
-    def _put(self, weights: checkpoints.Tensors) -> None:
-        with torch.no_grad():
-            for name, parameter in self._trainable():
-                parameter.copy_(sharding.part(weights[name], parameter))
-
-    def _wants_best(self) -> bool:
-        """Whether the weights that are to come out are not the present ones."""
-        return self.settings.keeps_best and self.at.best.step not in (0, self.at.step)
-
-    def take_best(self) -> None:
-        """Go back to the weights with the lowest held-out loss, where the recipe says so."""
-        if not self._wants_best():
-            return
-        with beats.PULSE.working(False):
-            self._put(checkpoints.load(self.at.best.checkpoint(self.run)).weights)
-        self.at.heldout_loss = self.at.best.loss
-
     def save(self) -> None:
-        """Publish a checkpoint of the present step, from rank 0."""
-        rng = _gathered([checkpoints.random_state()])
-        main = self.accelerator.is_main_process
-        with beats.PULSE.meeting():
-            weights = sharding.gathered({n: p.detach() for n, p in self._trainable()}, keep=main)
-            moments = sharding.gathered(self.raw_optimizer.state_dict(), keep=main)
-        if main:
-            state = checkpoints.State(
-                step=self.at.step,
-                weights=weights,
-                optimizer=moments,
-                scheduler=self.scheduler.state_dict(),
-                rng=rng,
-                meta=asdict(self.at),
-                average=self.average.mean,
-            )
-            storage.DISK.sync(self.run.dir / "log.jsonl")  # it has every step of a checkpoint
-            if self.row_losses is not None:
-                self.row_losses.sync()
-            with beats.PULSE.working(False):
-                checkpoints.save(
-                    self.run.checkpoints,
-                    state,
-                    run_id=self.run_id,
-                    keep=self.settings.save_total_limit,
-                    best=self.at.best.step if self.settings.keeps_best else 0,
-                )
-        with beats.PULSE.meeting():
-            self.accelerator.wait_for_everyone()
+        """Publish a checkpoint of the present step."""
+        self.keeper.save(self.row_losses)
 
     # --- steps ---
 
@@ -258,13 +172,14 @@ class _Loop:
 
     def _advance(self) -> None:
         """One step, and what falls due after it."""
-        started, waited, keeping = time.monotonic(), self.feed.waited, False
+        started, waited, best = time.monotonic(), self.feed.waited, False
         record = self._step(self.feed.step())
         took = time.monotonic() - started
         self.at.seconds += took
         if self.pace is not None and self.pace.add(took):
-            wanted = self.pace.decided(self.run, len(self.job.plan), self.watcher.say)
-            self.at.save_every = self.save_every = _gathered([wanted])[0]  # the first one's word
+            every = self.pace.decided(self.run, len(self.job.plan), self.watcher.say)
+            self.save_every = keeping.gathered([every])[0]  # the first one's word
+            self.at.save_every = self.save_every
             self.pace = None
         self.at.waited += self.feed.waited - waited
         if self._due(self.eval_every) and self.job.heldout is not None:
@@ -272,11 +187,11 @@ class _Loop:
                 self.at.heldout_loss = jobs.measure(self.job, self.job.heldout, self.accelerator)
             record["heldout_loss"] = self.at.heldout_loss
             better = self.at.best.heard(self.at.step, self.at.heldout_loss)
-            keeping = self.settings.keeps_best and (better or self._over())
+            best = self.settings.keeps_best and (better or self._over())
         with self.clock.phase("log"):
             self._report({**record, "seconds": round(self.at.seconds, 3)})
         stopping = self._asked_to_stop()
-        if self._due(self.save_every) or stopping or keeping:
+        if self._due(self.save_every) or stopping or best:
             with self.clock.phase("checkpoint"):
                 self.save()
         if stopping:
@@ -294,7 +209,7 @@ class _Loop:
     def _asked_to_stop(self) -> str | None:
         if self.accelerator.num_processes == 1:
             return signals.LISTENER.asked
-        asked = [name for name in _gathered([signals.LISTENER.asked]) if name]
+        asked = [name for name in keeping.gathered([signals.LISTENER.asked]) if name]
         return asked[0] if asked else None
 
     def _step(self, step: plans.Step) -> dict[str, Any]:
@@ -370,7 +285,7 @@ class _Loop:
         """Raise for the row that does not fit alone, the same on every rank."""
         row, device = int(self.rows[0]), self.accelerator.device
         said = [sizing.alone(self.job, row, self.settings, device, why)] if why else []
-        raise errors.EnvironmentRefusal(_gathered(said)[0])
+        raise errors.EnvironmentRefusal(keeping.gathered(said)[0])
 
     def _gradients(self, step: plans.Step) -> torch.Tensor:
         """Accumulate this rank's part of the step's gradient; returns its summed loss, a scalar."""
@@ -431,7 +346,7 @@ class _Loop:
 
     def _report(self, record: dict[str, Any]) -> None:
         if self.row_losses is not None:
-            found, self.records = _gathered(self.records), []
+            found, self.records = keeping.gathered(self.records), []
             if self.accelerator.is_main_process:
                 self.row_losses.add(record["step"], record["epoch"], found)
         if self.accelerator.is_main_process:
@@ -457,10 +372,3 @@ class _Loop:
             heldout_loss=self.at.heldout_loss,
             best_step=(self.at.best.step or None) if self.settings.keeps_best else None,
         )
-
-
-def _gathered(own: list[Any]) -> list[Any]:
-    """The items of every process's list, in the order of processes."""
-    with beats.PULSE.meeting():
-        found: list[Any] = gather_object(own)
-    return found

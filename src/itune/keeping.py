@@ -1,0 +1,156 @@
+"""What a run keeps so that it can go on: put away in checkpoints, found, and put back.
+
+Needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from itune import (
+    averaging,
+    beats,
+    bests,
+    checkpoints,
+    errors,
+    launching,
+    recipes,
+    rowlosses,
+    runs,
+    sharding,
+    storage,
+    watching,
+)
+
+
+@dataclass
+class Progress:
+    """What the loop counts, kept in checkpoints."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    bad_steps: int = 0
+    heldout_loss: float | None = None
+    best: bests.Best = field(default_factory=bests.Best)
+    # Other than 0: steps between checkpoints, as training.save_steps=auto found.
+    save_every: int = 0
+    micro_batch_tokens: int = 0  # other than 0: what the memory held less than the plan has
+
+
+@dataclass
+class Keeper:
+    """A run's state, and its checkpoints: weights, optimiser, schedule, RNG, counts, all or none.
+
+    `model` as the processes share it; `at`: how far the run is.
+    """
+
+    model: Any
+    settings: recipes.Training
+    run: runs.Run
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    average: averaging.Average
+    at: Progress = field(default_factory=Progress)
+
+    @property
+    def _run_id(self) -> str:
+        return str(self.run.manifest["id"])
+
+    def resume(self, watcher: watching.Watcher) -> None:
+        """Restore the newest whole checkpoint, if there is one."""
+        path, broken = checkpoints.latest(self.run.checkpoints, self._run_id)
+        for why in broken:
+            launching.warn(why)
+        rank, seed = self.accelerator.process_index, self.settings.seed
+        if path is None:
+            torch.manual_seed(seed + rank)
+            return
+        state = checkpoints.load(path)
+        if set(dict(trainable(self.model, self.accelerator))) != set(state.weights):
+            raise errors.RunError(
+                f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
+            )
+        self._put(state.weights)
+        self.optimizer.load_state_dict(sharding.parts(state.optimizer, self.optimizer))
+        self.scheduler.load_state_dict(state.scheduler)
+        if differs := checkpoints.go_on(state, rank, self.accelerator.num_processes, seed):
+            watcher.say(differs)
+        self.at = Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
+        if self._wants_best():
+            self.at.best.checkpoint(self.run)  # that it is gone is told before the work
+        self.average.restore(state.average)
+
+    def _put(self, weights: checkpoints.Tensors) -> None:
+        with torch.no_grad():
+            for name, parameter in trainable(self.model, self.accelerator):
+                parameter.copy_(sharding.part(weights[name], parameter))
+
+    def _wants_best(self) -> bool:
+        """Whether the weights that are to come out are not the present ones."""
+        return self.settings.keeps_best and self.at.best.step not in (0, self.at.step)
+
+    def take_best(self) -> None:
+        """Go back to the weights with the lowest held-out loss, where the recipe says so."""
+        if not self._wants_best():
+            return
+        with beats.PULSE.working(False):
+            self._put(checkpoints.load(self.at.best.checkpoint(self.run)).weights)
+        self.at.heldout_loss = self.at.best.loss
+
+    def save(self, row_losses: rowlosses.File | None = None) -> None:
+        """Publish a checkpoint of the present step, from rank 0.
+
+        The log, and the losses of rows where they are kept, have every step of it by then.
+        """
+        rng = gathered([checkpoints.random_state()])
+        main = self.accelerator.is_main_process
+        named = {n: p.detach() for n, p in trainable(self.model, self.accelerator)}
+        with beats.PULSE.meeting():
+            weights = sharding.gathered(named, keep=main)
+            moments = sharding.gathered(self.optimizer.state_dict(), keep=main)
+        if main:
+            state = checkpoints.State(
+                step=self.at.step,
+                weights=weights,
+                optimizer=moments,
+                scheduler=self.scheduler.state_dict(),
+                rng=rng,
+                meta=asdict(self.at),
+                average=self.average.mean,
+            )
+            storage.DISK.sync(self.run.dir / "log.jsonl")
+            if row_losses is not None:
+                row_losses.sync()
+            with beats.PULSE.working(False):
+                checkpoints.save(
+                    self.run.checkpoints,
+                    state,
+                    run_id=self._run_id,
+                    keep=self.settings.save_total_limit,
+                    best=self.at.best.step if self.settings.keeps_best else 0,
+                )
+        with beats.PULSE.meeting():
+            self.accelerator.wait_for_everyone()
+
+
+def trainable(model: Any, accelerator: Accelerator) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The trained parameters by the names that they have without any wrapping."""
+    inner = accelerator.unwrap_model(model)
+    return ((name, p) for name, p in inner.named_parameters() if p.requires_grad)
+
+
+def gathered(own: list[Any]) -> list[Any]:
+    """The items of every process's list, in the order of processes."""
+    with beats.PULSE.meeting():
+        found: list[Any] = gather_object(own)
+    return found

@@ -145,7 +145,7 @@ def test_what_cannot_be_cut_ends_in_a_line(script: str, ready: Path) -> None:
     ended = launched(ready, "script.py", "-o", "runs/ended")
     assert said in ended.stderr
     assert f"exitcode  : {code}" in ended.stderr
-    assert not (ready / "runs/ended/log.jsonl").read_text()
+    assert not [*(ready / "runs/ended/checkpoints").glob("0*")]
     assert json.loads((ready / "runs/ended/run.json").read_text())["state"] == "failed"
 
 

@@ -222,8 +222,8 @@ def fill(outline: Any, model: Any, *, keep: bool) -> None:
     found: dict[int, torch.nn.Parameter] = {}
     for name, p in outline.named_parameters():
         full = gathered(cut_ones[name], keep=keep)
-        if keep:
-            found[id(p)] = torch.nn.Parameter(full, requires_grad=p.requires_grad)
+        if keep:  # of a model that was only measured since, the root is gathered already
+            found[id(p)] = torch.nn.Parameter(full.cpu(), requires_grad=p.requires_grad)
     if keep:
         for module in outline.modules():
             for name, p in module._parameters.items():

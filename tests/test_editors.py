@@ -181,7 +181,7 @@ def offered(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callabl
         ("", {"pretrain", "tune", "eval", "generate"}),
         ("tune --pre", {"--preview"}),
         ("tune --recipe quick", {"quickstart/pretrain", "quickstart/tune"}),
-        ("tune -r im", {"imdb"}),
+        ("tune -r mult", {"multi30k"}),
         ("tune --set training.lr_s", KINDS_OF_LR),
         ("tune --set data.train.temp", {"data.train.template="}),
         ("generate --template sent", {"sentiment"}),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Itune
 
 from itune import recipes, templates
 
@@ -180,3 +181,29 @@ def test_prompt_renders_a_row_of_its_data(path: Path) -> None:
     assert template.answer(row) == answer
     assert template.gold(row) == gold
     assert template.columns() <= set(row)
+
+
+@pytest.mark.slow
+def test_reviews_from_scratch_take_two_steps_each_and_are_scored(itune: Itune) -> None:
+    kinds = (("dull", "slow", "bad"), ("fine", "warm", "good"))
+    rows = [
+        {"text": f"A {kinds[n % 2][n % 3]} film, number {n}.", "label": n % 2} for n in range(100)
+    ]
+    for name, part in (("train", rows[:80]), ("test", rows[80:])):
+        lines = "\n".join(map(json.dumps, part)) + "\n"
+        Path(f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    folder = ROOT / "recipes" / "imdb-from-scratch"
+    small = {
+        "data.train.0.path": "train.jsonl",
+        "data.eval.0.path": "test.jsonl",
+        "training.max_steps": 2,
+        "training.tokens_per_step": 256,
+    }
+    changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
+    for command in ("pretrain", "tune"):
+        done = itune(command, "--recipe", folder / f"{command}.yaml", *changes, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == 2
+    done = itune("eval", "--run", "runs/imdb-from-scratch-tune", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tasks"]["review"]["rows"] == 20

@@ -143,6 +143,13 @@ def test_a_row_that_is_everywhere_names_a_few(tmp_path: Path) -> None:
     assert len(made.pairs) <= 1 + 2 * contamination.NAMED
 
 
+def test_empty_lines_of_a_text_are_no_rows_to_compare(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"text": ""}, {"text": "the cat sat"}, {"text": " "}])
+    write(tmp_path / "held.jsonl", [{"text": ""}, {"text": "a dog ran"}, {"text": "the cat sat"}])
+    both = contamination.find(sources("train.jsonl"), sources("held.jsonl"))
+    assert found(both) == {("exact", "held.jsonl", 2, "train.jsonl", 1)}
+
+
 def test_nothing_to_compare(tmp_path: Path) -> None:
     write(tmp_path / "x.jsonl", [{"text": "a b c"}])
     write(tmp_path / "a.jsonl", [{"text": "d"}])

@@ -89,6 +89,8 @@ class _Side(samples.Opened):
         """For each row its number, a digest of prompt and answer, and its passages."""
         for start, batch in self.batches(BATCH):
             for index, row in enumerate(batch, start):
+                if self.plain and formats.is_blank(row):
+                    continue
                 example = self.example(index, row, 0)
                 yield index, _digest(example), self._passages(row, example)
 

@@ -15,6 +15,7 @@ from itune import (
     cases,
     encoding,
     errors,
+    formats,
     joining,
     orders,
     preparing,
@@ -371,7 +372,7 @@ def texts(given: Sequence[recipes.Source], command: str = "") -> Iterator[str]:
         rows = sources.read(source)
         how = cases.reading(rows, command)
         for index, row in enumerate(rows.each()):
-            if how.is_text and isinstance(row.get("text"), str) and not row["text"].strip():
+            if how.is_text and formats.is_blank(row):
                 continue
             example = cases.placed(rows, how, index, row, 0)
             if example.text is not None:

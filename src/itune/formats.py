@@ -49,6 +49,12 @@ class Example:
         return self.messages[:-1]
 
 
+def is_blank(row: Mapping[str, Any]) -> bool:
+    """Whether a row of running text is an empty line, which is passed over."""
+    text = row.get("text")
+    return isinstance(text, str) and not text.strip()
+
+
 def plain_text(row: Mapping[str, Any]) -> Example:
     """A row of running text, in its column `text`. Raises DataError when there is none."""
     text = row.get("text")

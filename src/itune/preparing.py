@@ -254,8 +254,7 @@ class Job:
     def _documents(self, out: collecting.Out, batch: Sequence[Numbered]) -> None:
         waiting: list[tuple[int, str]] = []
         for index, row in batch:
-            text = row.get("text")
-            if isinstance(text, str) and not text.strip():
+            if formats.is_blank(row):
                 out.tally.empty += 1
                 out.row("")
                 continue

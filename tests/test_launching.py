@@ -146,6 +146,7 @@ COMBINED = {
         "training.packing=false",
         "training.micro_batch_tokens=70",
     ],
+    "fewer rows than processes": ["training.tokens_per_step=40"],
 }
 
 

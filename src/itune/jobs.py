@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from itune import batches, beats, errors, losses, models, plans, probing, recipes, runs, sharding
 
@@ -48,7 +48,11 @@ def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) 
         mixed_precision="bf16" if mixed(recipe, place) else "no",
         log_with=trackers or None,
         project_dir=str(recipe.output.dir) if trackers else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_longest_wait(recipe))],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=_longest_wait(recipe)),
+            # Else the first forward waits for that of every rank, and one without rows has none.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     if trackers:
         try:

@@ -29,7 +29,7 @@ def asked() -> int | None:
                 f"accelerate launch: started {os.environ[name]} processes by MPI, which itune does "
                 "not use. Start them with torchrun instead (docs/cluster.md)."
             )
-    found = _of_parents()
+    found = _of_parent()
     if found is None and "MASTER_PORT" in os.environ:  # set for several alone
         raise errors.EnvironmentRefusal(
             "accelerate launch: was asked for several processes and started one. Start them with "
@@ -55,15 +55,14 @@ def refuse_another(wanted: int | None, of_launcher: int | None) -> None:
         )
 
 
-def _of_parents() -> tuple[int | None, int] | None:
-    """(processes, machines) that the nearest accelerate launch was asked for."""
+def _of_parent() -> tuple[int | None, int] | None:
+    """(processes, machines) that the accelerate launch which started this process was asked for."""
     import psutil
 
     with contextlib.suppress(psutil.Error):
-        for parent in psutil.Process().parents():
-            options = _options(parent.cmdline())
-            if options is not None:
-                return _read(options, parent.cwd())
+        parent = psutil.Process().parent()
+        if parent is not None and (options := _options(parent.cmdline())) is not None:
+            return _read(options, parent.cwd())
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import transformers
 from conftest import ROOT, Itune, sentences, tiny_model, tiny_tokenizer
 from hub import serving
 
@@ -168,8 +169,7 @@ def test_what_was_fetched_once_needs_no_hub(itune: Itune, tmp_path: Path) -> Non
     assert done.returncode == 3
     assert "HuggingFaceTB/SmolLM2-135M" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "beforehand" in done.stderr or "download" in done.stderr, done.stderr
-    assert not (tmp_path / "none").exists()
+    assert "beforehand: hf download HuggingFaceTB/SmolLM2-135M" in done.stderr
 
 
 @pytest.mark.slow
@@ -194,7 +194,12 @@ def test_a_repository_that_one_must_be_let_into_is_told_of(itune: Itune, tmp_pat
 @pytest.mark.slow
 def test_a_download_that_is_cut_goes_on_where_it_was(itune: Itune, tmp_path: Path) -> None:
     fill(tmp_path / "hub")
-    weights = next((tmp_path / "hub/models/HuggingFaceTB/SmolLM2-135M").glob("*.safetensors"))
+    folder = tmp_path / "hub/models/HuggingFaceTB/SmolLM2-135M"
+    config = transformers.LlamaConfig.from_pretrained(folder)
+    config.intermediate_size = 20_000  # clients keep what they have by 10 MB
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    half = weights.stat().st_size // 2
     (tmp_path / "hub/cut").write_text("HuggingFaceTB/SmolLM2-135M/model.safetensors\n")
     line = ("tune", "-r", ROOT / "recipes" / "multi30k.yaml", "-s", "training.max_steps=1")
     with serving(tmp_path / "hub") as url:
@@ -202,7 +207,7 @@ def test_a_download_that_is_cut_goes_on_where_it_was(itune: Itune, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     asked = (tmp_path / "hub/cut.ranges").read_text().split()
     assert asked[0] == "0"
-    assert int(asked[1]) == weights.stat().st_size // 2, "begun anew instead"
+    assert 0 < int(asked[1]) <= half, "begun anew instead"
     (kept,) = (tmp_path / "hf-home").rglob("model.safetensors")
     assert kept.read_bytes() == weights.read_bytes()
     shutil.rmtree(tmp_path / "hf-home")

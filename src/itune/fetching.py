@@ -258,7 +258,8 @@ def _kept(source: recipes.Source, commit: str | None, silence: str, *, offline: 
     if source.revision is None or not every:
         raise errors.EnvironmentRefusal(
             f"{source.path}: no such file here and the hub cannot be reached ({silence})."
-            f"{_near(source.path)} Name a local file with --set data.train.path=FILE, or go online."
+            f"{_near(source.path)} Name a local file with --set data.train.path=FILE, or go "
+            "online; for later work offline, run this beforehand with --preview 1: it is then kept."
         )
     kind = errors.DataError if offline else errors.EnvironmentRefusal
     commits = list(dict.fromkeys(each.name for each in every))

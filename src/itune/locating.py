@@ -65,7 +65,8 @@ def from_library(name: str, call: Any) -> Any:
         if "offline" in text.lower() or "connect" in text.lower():
             raise errors.EnvironmentRefusal(
                 f"{name}: no such folder here, and the hub cannot be reached. Name a local folder "
-                "with --set model.name=DIR, or go online."
+                "with --set model.name=DIR, or go online; for later work offline, fetch it "
+                f"beforehand: hf download {name}"
             ) from error
         raise errors.ModelError(f"{name}: cannot be loaded: {text[:400]}") from error
 

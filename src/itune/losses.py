@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -126,20 +126,15 @@ def logits_at(model: Any, inputs: dict[str, torch.Tensor], places: torch.Tensor)
     if layer is None:
         logits: torch.Tensor = model(**inputs).logits
         return logits[:, logits.shape[1] - width :].flatten(0, 1).index_select(0, places)
-    before, instead = vars(layer).get("forward"), layer.forward
+    whole = layer.forward
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         mine = hidden[:, hidden.shape[1] - width :].flatten(0, 1).index_select(0, places)
-        made: torch.Tensor = instead(mine[None])
+        made: torch.Tensor = whole(mine[None])
         return made
 
-    layer.forward = forward
-    try:
+    with _doing(layer, forward):
         found: torch.Tensor = model(**inputs).logits[0]
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
     return found
 
 
@@ -192,6 +187,13 @@ def _losing(layer: Any, batch: batches.Batch, each: Each | None) -> Iterator[Non
             each.append(_apart(states, weight, bias, batch.wanted))
         return precise(head_loss(states, weight, bias, batch.wanted)).reshape(1, 1, 1)
 
+    with _doing(layer, forward):
+        yield
+
+
+@contextlib.contextmanager
+def _doing(layer: Any, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While this holds, a layer that is called does something else."""
     before = vars(layer).get("forward")
     layer.forward = forward
     try:

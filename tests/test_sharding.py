@@ -23,6 +23,8 @@ from conftest import Itune, saved
 from faults.kills import prepare
 from safetensors.torch import load_file
 
+from itune import errors, sharding
+
 Cli = Callable[..., Any]
 FSDP = ("-p", "2", "-s", "launch.fsdp=true")
 LORA = ("-s", "adapter={peft_type: lora, r: 4, target_modules: all-linear}")
@@ -106,6 +108,23 @@ def test_one_process_has_nothing_to_cut_and_says_so(ready: Path, cli: Cli) -> No
     ended = cli(*line("-s", "launch.fsdp=true", "-s", "training.max_steps=1"))
     assert ended.code == 0, ended.err
     assert "launch.fsdp: one process, which holds the whole model" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("by peer", RuntimeError), ("a view", errors.ModelError)]
+)
+def test_a_process_that_is_gone_is_no_fault_of_the_model(
+    said: str, told: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise RuntimeError(f"Connection closed {said}")
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(sharding, "_shard", gone)
+    monkeypatch.setattr(sharding, "_seen", lambda *_: [])
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(told, match=said):
+        sharding.cut(layer, [], None, "full", None, reshard_after_forward=True)  # type: ignore[arg-type]
 
 
 SHORT = """

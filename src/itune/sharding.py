@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from itune import batches, errors, losses, memory, probing
+from itune import batches, errors, launching, losses, memory, probing
 
 # Gradients that are compared before and after: the smaller tensors first, up to so many numbers.
 COMPARED = 64_000_000
@@ -48,7 +48,7 @@ def cut(
         _shard(model, layers, accelerator, reshard_after_forward)
         after = _seen(model, batch, head, accelerator, compared)
     except (ValueError, TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
-        if memory.is_short(error):
+        if memory.is_short(error) or launching.lost_peer(error):
             raise
         raise _refusal(model, " ".join(str(error).split())[:200]) from error
     mixed = accelerator.mixed_precision == "bf16" or model.dtype != torch.float32

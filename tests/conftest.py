@@ -126,6 +126,8 @@ def cli(
     """`cli("tune", "-r", path)` in this process, where the libraries are imported already."""
 
     def run(*arguments: object) -> Ended:
+        import torch  # noqa: F401 - a preview keeps it out for good where it is not loaded
+
         from itune.cli import main
 
         monkeypatch.setattr(sys, "argv", ["itune", *map(str, arguments)])

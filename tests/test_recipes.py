@@ -273,6 +273,12 @@ def test_a_fault_of_a_field_is_one_line(text: str) -> None:
     assert faults(f"{GOOD}{text}\n") == [FIELDS[text]]
 
 
+def test_a_bare_file_name_is_told_how_to_be_a_source() -> None:
+    for text in ("a.csv", "[a.csv]"):
+        (line,) = faults(f"model: {{name: x}}\ndata: {{train: {text}}}\n")
+        assert line.endswith("found 'a.csv'. Write {path: a.csv}.")
+
+
 def test_long_paths_are_refused() -> None:
     for path in ("x" * 300, "x/" * 600):
         (line,) = faults(f"{GOOD}output: {{dir: {path}}}\n")

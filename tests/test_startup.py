@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import Itune
@@ -33,6 +34,17 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     assert "typer" in names, "nothing was measured"
     assert not names & HEAVY
     assert "Usage" in text
+
+
+def test_a_preview_does_without_torch(tmp_path: Path, tiny_model_dir: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "One?", "completion": "Two."}\n' * 3)
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: {tiny_model_dir}}}\ndata: {{train: [{{path: rows.jsonl}}]}}\n"
+    )
+    names, text = imports("tune", "-r", "recipe.yaml", "--preview", "1")
+    assert "example 1 of 1" in text
+    assert "transformers" in names
+    assert "torch" not in names
 
 
 def test_there_are_four_commands_and_no_fifth(itune: Itune) -> None:

@@ -8,6 +8,7 @@ the answer's supervised, so that whatever counts, orders and caches rows knows o
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -280,9 +281,7 @@ def family(config: Any) -> str:
 
 def _tables() -> dict[str, Any]:
     """For each family which class transformers has for a type of model."""
-    import transformers
-
-    known = transformers.models.auto.modeling_auto
+    known = importlib.import_module("transformers.models.auto.modeling_auto")
     return {
         SEQ2SEQ: known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         MASKED: known.MODEL_FOR_MASKED_LM_MAPPING_NAMES,

@@ -159,12 +159,13 @@ def _expected(error: Any, info: FieldInfo | None) -> str:
         advice = hint if "Did you mean" in hint else ""
     elif kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
         expected = "a mapping of keys"
+        advice = _as_path(value, info)
     elif kind == "string_too_short":
         expected, advice = "text that is not empty", " Give a value or leave the key out."
     else:
         name = _kind_of(kind, info)
         expected = f"{KINDS.get(name, name)} {bounds(info)}".strip()
-        advice = _quotes(name, value)
+        advice = _as_path(value, info) or _quotes(name, value)
     if value is None:
         advice = " Give a value or leave the key out."
     return f"expected {expected}, found {errors.shown(value)}.{advice}"
@@ -191,6 +192,14 @@ def _quotes(name: str, value: Any) -> str:
         if name in ("tuple", "list"):
             return f" Write [{errors.inert(value)[:40]}]."
     return ""
+
+
+def _as_path(value: Any, info: FieldInfo | None) -> str:
+    """The cure for a file's bare name where a record with a `path` is meant."""
+    record = None if info is None else record_in(info.annotation)
+    if record is None or "path" not in record.model_fields or not isinstance(value, str):
+        return ""
+    return f" Write {{path: {errors.inert(value)[:80]}}}."
 
 
 def _choices(info: FieldInfo | None) -> list[str]:

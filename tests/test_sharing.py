@@ -150,7 +150,10 @@ def test_what_is_wrong_is_said_once_with_its_code(folder: Path, itune: Itune) ->
     assert "moods.jsonl:1" in ended.stderr
 
 
-def test_one_process_talks(cli: Callable[..., Any]) -> None:
-    ended = cli("generate", "--chat", "-p", "2")
-    assert ended.code == 2
-    assert "--processes: with --chat?" in ended.err
+def test_one_process_talks(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    by_option = cli("generate", "--chat", "-p", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    by_launcher = cli("generate", "--chat")
+    for ended in (by_option, by_launcher):
+        assert ended.code == 2
+        assert "--chat: in several processes?" in ended.err

@@ -255,6 +255,33 @@ def test_other_members_are_another_result(folder: Path, cli: Cli, seen: list[str
     assert json.loads((place / "scores.json").read_text())["tasks"] != found["tasks"]
 
 
+def test_a_row_that_another_member_reads_to_its_end_is_asked_anew(
+    folder: Path, cli: Cli, seen: list[str]
+) -> None:
+    """The first one reads so little that its prompt stays the same, to the last token."""
+    config = Path("runs/a/model/config.json")
+    config.write_text(config.read_text().replace('embeddings": 512', 'embeddings": 64'))
+    rows = [{"text": f"Ada weeps {'and laughs ' * 9}{end}.", "label": 0} for end in ("x", "y")]
+    held = ("-s", "data.eval.path=held.jsonl", "-s", "data.eval.limit=null", "-o", "kept")
+    write(folder / "held.jsonl", rows)
+    assert cli(*WITH_B, *held).code == 0
+    before = [list(read(Path(f"kept/member-{number}.jsonl"))) for number in (1, 2)]
+    rows[1]["text"] = rows[1]["text"].replace("y", "z")
+    write(folder / "held.jsonl", rows)
+    seen.clear()
+    ended = cli(*WITH_B, *held)
+    assert ended.code == 0, ended.err
+    assert "4 of 4 prompts are cut to the 32 tokens" in ended.err
+    assert seen == ["load beside 0", "choose", "choose"], "one row in two wordings"
+    after = [list(read(Path(f"kept/member-{number}.jsonl"))) for number in (1, 2)]
+    assert after[0] == before[0]
+    assert after[1][:2] == before[1][:2]
+    assert after[1][2:] != before[1][2:]
+    nats = np.array([[line["nats"] for line in each] for each in after])
+    picked = [CHOICES[k] for k in torch.tensor(nats).log_softmax(-1).mean(0).argmax(1)]
+    assert [line["prediction"] for line in read(Path("kept/predictions.jsonl"))] == picked
+
+
 # --- what is told of it ---------------------------------------------------------------------
 
 
@@ -306,7 +333,7 @@ def test_rows_that_any_member_was_trained_on_are_counted(folder: Path, cli: Cli)
     assert "contamination: not looked for, the training data cannot be read" in unknown.err
 
 
-ALONE = "with --set evaluation.ensemble=[]."
+ALONE = "--set evaluation.ensemble=[] averages none."
 
 
 @pytest.mark.parametrize(
@@ -336,6 +363,7 @@ def test_what_cannot_be_averaged_is_refused(
     ended = cli(*WITH_B, *more)
     assert ended.code == 2, ended.err
     assert told in ended.err
+    assert ALONE in ended.err or "runs/" in told
     assert len(ended.err.splitlines()) == 1, "before anything else"
     assert not list(Path("runs/a/evals").glob("*"))
     assert seen == []

@@ -7,7 +7,6 @@ memory at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ class Ensemble(Answerer):
         """locations: the folders of the runs; tasks without choices are refused before."""
         self.members = [Answerer(recipe, each, asked, say) for each in locations]
         super().__init__(recipe, locations[0], asked, say, like=self.members[0])
-        self._means: dict[str, np.ndarray] = {}
+        self._picked: dict[tuple[str, int, int], str] = {}  # by task, row and wording
 
     @property
     def mark(self) -> dict[str, Any]:
@@ -41,34 +40,41 @@ class Ensemble(Answerer):
         return {"ensemble": [member.mark for member in self.members]}
 
     def answers(self, kept: predictions.Kept) -> dict[str, list[scoring.Prediction]]:
-        """The answer to every case, by task: those that are kept, the others asked of all now.
+        """The answer to every case, by task.
 
-        What each member finds is kept in `member-1.jsonl` and so on, beside the answers.
+        What each member finds is kept in `member-1.jsonl` and so on, beside the answers, and is
+        what is used again: what is asked of one may change where the first one's prompt does not.
         """
-        if not self.complete(kept):
-            self._means = self._averaged(None if kept.path is None else kept.path.parent)
-        return super().answers(kept)
-
-    def _averaged(self, folder: Path | None) -> dict[str, np.ndarray]:
-        """The mean of the members' log-likelihoods by task, [cases, choices]."""
+        folder = None if kept.path is None else kept.path.parent
         means = {task.name: np.zeros(()) for task in self.tasks}
         for number, member in enumerate(self.members, 1):
-            kept = predictions.Kept(folder, f"member-{number}.jsonl", member.mark, rated=True)
-            member.answers(kept)
+            found = predictions.Kept(folder, f"member-{number}.jsonl", member.mark, rated=True)
+            member.answers(found)
             member.release()
             memory.free()
             for task, ours in zip(member.tasks, self.tasks, strict=True):
-                assert [_place(case) for case in task.cases] == [_place(c) for c in ours.cases]
-                nats = np.array([kept.nats(task, case) for case in task.cases])
+                assert [*map(_place, task.cases)] == [*map(_place, ours.cases)]
+                nats = np.array([found.nats(task, case) for case in task.cases])
                 chances = nats - np.logaddexp.reduce(nats, axis=1, keepdims=True)
-                means[task.name] = means[task.name] + chances / len(self.members)
-        return means
+                means[task.name] = means[task.name] + chances  # [cases, choices]
+        self._picked = {
+            (task.name, *_place(case)): task.template.choices[best]
+            for task in self.tasks
+            for case, best in zip(task.cases, means[task.name].argmax(1), strict=True)
+        }
+        return super().answers(kept)
+
+    def _missing(self, task: data.Task, kept: predictions.Kept) -> list[data.Case]:
+        """The cases of which another choice is kept than is picked now, or none."""
+        return [
+            case
+            for case in task.cases
+            if kept.answer(task, case) != self._picked.get((task.name, *_place(case)))
+        ]
 
     def _ask(self, task: data.Task, cases: list[data.Case], kept: predictions.Kept) -> None:
-        places = {_place(case): k for k, case in enumerate(task.cases)}
         for case in cases:
-            best = self._means[task.name][places[_place(case)]].argmax()
-            kept.add(task, case, task.template.choices[best])
+            kept.add(task, case, self._picked[task.name, case.row, case.wording])
 
 
 def _place(case: data.Case) -> tuple[int, int]:

@@ -29,7 +29,7 @@ ASKING = (
     "training.seed",
 )  # parts of a recipe that answers follow from
 ENSEMBLE = "evaluation.ensemble"
-ALONE = f" with --set {ENSEMBLE}=[]"
+ALONE = f"--set {ENSEMBLE}=[] averages none."
 NAMED = 40  # chosen: characters of a folder's name that tell of settings
 
 
@@ -227,8 +227,8 @@ def _others(recipe: recipes.Recipe, run: runs.Run | None, asked: Judged) -> tupl
         return ()
     if run is None:
         raise errors.OptionError(
-            "--model: evaluation.ensemble averages runs, and this is none. Name one with --run, or "
-            f"leave the others out{ALONE}."
+            "--model: evaluation.ensemble averages runs, and this is none. Name one with --run; "
+            + ALONE
         )
     _refuse_unaveraged(recipe, asked)
     found: list[runs.Run] = []
@@ -242,7 +242,7 @@ def _others(recipe: recipes.Recipe, run: runs.Run | None, asked: Judged) -> tupl
                 what = "the run that is scored" if known is run else "named before"
                 raise errors.OptionError(
                     f"{ENSEMBLE}: {errors.inert(name)} is {what}, and would count twice. Take it "
-                    f"out; nothing is averaged{ALONE}."
+                    f"out; {ALONE}"
                 )
         found.append(other)
     return tuple(found)
@@ -260,7 +260,7 @@ def _refuse_unaveraged(recipe: recipes.Recipe, asked: Judged) -> None:
         if found:
             raise errors.OptionError(
                 f"{what}, and {ENSEMBLE} averages the likelihoods of choices. Leave one of them "
-                f"out; nothing is averaged{ALONE}."
+                f"out; {ALONE}"
             )
     for source in recipe.data.eval:
         if source.template is None or not templates.load(source.template).choices:
@@ -268,5 +268,5 @@ def _refuse_unaveraged(recipe: recipes.Recipe, asked: Judged) -> None:
             raise errors.OptionError(
                 f"{ENSEMBLE}: {errors.inert(source.path + named)} has no choices, and texts of "
                 "several models cannot be averaged. Take it out of data.eval, or score each run "
-                f"by itself{ALONE}."
+                f"by itself: {ALONE}"
             )

@@ -30,7 +30,7 @@ def tables(result: Mapping[str, Any], confidence: float) -> Iterator[Table]:
     interval = f"{confidence * 100:g} % interval"
     if others := result.get("ensemble"):
         named = ", ".join(map(contrasts.visible, (result["run"], *others)))
-        yield Table(f"{1 + len(others)} runs as one: {named}\n")
+        yield Table(f"{1 + len(others)} runs as one: {named}")
     tests = sum(len(t.get("against", {}).get("difference", {})) for t in result["tasks"].values())
     for name, task in result["tasks"].items():
         yield _scores(name, task, interval)

@@ -9,10 +9,10 @@ JOBS   ?= 2
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET) $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup quickstart test faults slow lint check size bench docs build clean
+.PHONY: help setup quickstart test faults slow lint check size bench bench-gpu docs build clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## make .venv and install itune there with the tested versions (again only when they change)
 
@@ -54,6 +54,10 @@ size: setup  ## lengths of files and functions, and what nobody calls
 
 bench: setup  ## itune against its peers on one workload, some minutes; BENCH="--venv trl=DIR" adds TRL
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+# From source, and without a network: a GPU machine may have its own torch and no .venv.
+bench-gpu:  ## itune against TRL and Trainer on a GPU, ten minutes; BENCH="--size small" tries it on a CPU
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(BENCH)
 
 # Without --quiet, which hides from --strict what it shall fail for.
 docs: setup  ## the site, in site/; a link that leads nowhere is an error

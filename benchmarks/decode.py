@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                 # a random Llama of 12M weights
     python benchmarks/decode.py --model DIR     # one that is there
+    python benchmarks/decode.py --size qwen3-0.6b --vocabulary 151936 --dtype bfloat16
 
 All ways answer the same prompts, unsorted as they are, greedily, in batches of the same size, one
 after the other and `--repeats` times over; the median of each counts. Answers end where they meet
@@ -28,12 +29,19 @@ from typing import Any
 
 import torch
 import transformers
+import workload
 
 from itune import decoding, stepping
 
 Answers = list[list[int]]
-# Width, layers, vocabulary: 0.2, 12 and 22 million weights.
-SIZES = {"small": (64, 2, 512), "medium": (384, 6, 4096), "large": (512, 6, 4096)}
+# Of 0.2, 12 and 22 million weights, and those that are trained on.
+SIZES = {
+    "small": workload.Shape("llama", 2, 64, 168, 2, 1, 32),
+    "medium": workload.Shape("llama", 6, 384, 1024, 12, 6, 32),
+    "large": workload.Shape("llama", 6, 512, 1360, 16, 8, 32),
+    **workload.SHAPES,
+}
+VOCABULARIES = {"small": 512, "medium": 4096, "large": 4096}
 
 
 class Plain:
@@ -46,21 +54,15 @@ class Plain:
         return ""
 
 
-def made(size: str) -> Any:
-    """A Llama with random weights; spread so widely that greedy answers differ."""
-    width, layers, vocabulary = SIZES[size]
+def made(size: str, vocabulary: int, dtype: torch.dtype) -> Any:
+    """A decoder with random weights; spread so widely that greedy answers differ.
+
+    Its output layer is one of its own: by the embedding's each token would give itself again.
+    """
     torch.manual_seed(17)
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=width,
-            intermediate_size=width * 8 // 3 // 8 * 8,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 32,
-            num_key_value_heads=width // 64,
-            max_position_embeddings=1024,
-        )
-    )
+    config = workload.config(SIZES[size], vocabulary, 1024, tie_word_embeddings=False)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=1.0)
     return model.eval()
 
@@ -152,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder; a random model when left out")
     parser.add_argument("--size", default="medium", choices=tuple(SIZES))
+    parser.add_argument("--vocabulary", type=int, help="entries of a random model's")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--shared", type=int, default=32, help="tokens that all prompts begin with")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer at most")
@@ -168,7 +172,8 @@ def main() -> None:
     if given.model:
         model = transformers.AutoModelForCausalLM.from_pretrained(given.model, dtype="auto").eval()
     else:
-        model = made(given.size)
+        vocabulary = given.vocabulary or VOCABULARIES.get(given.size, 4096)
+        model = made(given.size, vocabulary, getattr(torch, given.dtype))
     if torch.cuda.is_available():
         model.to("cuda")
     vocabulary = model.config.vocab_size
@@ -189,6 +194,8 @@ def main() -> None:
     ways = {name: way for name, way in ways.items() if name in given.ways.split(",")}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     answers: dict[str, Answers] = {}
+    for way in ways.values() if torch.cuda.is_available() else ():
+        way(model, prompts[:2], wanted)  # what a GPU does once
     for turn in range(given.repeats):
         for name, way in ways.items():
             started = time.perf_counter()
@@ -229,7 +236,9 @@ def told(
         print(f"{name:12} {rates[name]:10,.0f} tokens/s   {same} of {len(base)} answers the same")
     if {"itune", "batches"} <= set(rates):
         print(f"itune / batches: {rates['itune'] / rates['batches']:.2f}")
-    print(json.dumps({"versions": versions, "tokens_per_second": rates, "seconds": seconds}))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    made = {"versions": versions, "tokens_per_second": rates, "seconds": seconds}
+    print(json.dumps({**made, "gpu_bytes": peak}))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,44 @@
 """`itune tune` on the workload.
 
-python benchmarks/run_itune.py FOLDER MODE [--rows tenth] [--full]
+python benchmarks/run_itune.py FOLDER packed|padded [--rows tenth] [--full]
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
-RECIPE = """\
-model: {{name: model, dtype: float32}}
-{adapter}
-data: {{train: {{path: {rows}.jsonl, template: chat}}}}
-training: {{tokens_per_step: 1280, max_length: 512, learning_rate: 2.0e-4, save_steps: 1000000}}
-"""
-ADAPTER = "adapter: {peft_type: lora, r: 16, lora_alpha: 32, target_modules: all-linear}"
+import engines
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("folder", type=Path)
-parser.add_argument("mode", choices=["packed", "padded"])
-parser.add_argument("--rows", default="rows", choices=["rows", "tenth"])
-parser.add_argument("--full", action="store_true", help="all weights instead of an adapter")
-given = parser.parse_args()
-os.chdir(given.folder)
-recipe = Path("tune.yaml")
-recipe.write_text(RECIPE.format(adapter="" if given.full else ADAPTER, rows=given.rows))
+given = engines.asked(__doc__, ["packed", "padded"])
+training = {
+    "tokens_per_step": given.tokens,
+    "max_length": given.length,
+    "learning_rate": 2e-4,
+    "save_steps": 1_000_000,
+    "packing": given.mode == "packed",
+    "gradient_checkpointing": given.recompute,
+    "use_liger_kernel": given.liger,
+    "torch_compile": given.compile,
+}
+if given.batch:
+    training["micro_batch_tokens"] = given.batch * given.length
+recipe = {
+    "model": {"name": "model", "dtype": "float32" if given.device == "cpu" else "bfloat16"},
+    "data": {"train": {"path": f"{given.rows}.jsonl", "template": "chat"}},
+    "training": training,
+}
+if given.attention:
+    recipe["model"]["attn_implementation"] = given.attention
+if not given.full:
+    recipe["adapter"] = {
+        "peft_type": "lora",
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": "all-linear",
+    }
+Path("tune.yaml").write_text(json.dumps(recipe, indent=1))  # which is YAML, too
 command = [sys.executable, "-m", "itune", "tune", "--recipe", "tune.yaml", "--fresh", "--quiet"]
-if given.mode == "padded":
-    command += ["--set", "training.packing=false"]
 os.execv(sys.executable, command)

@@ -5,19 +5,14 @@ python benchmarks/run_llamafactory.py FOLDER pad|neat [--rows tenth] [--full]
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("folder", type=Path)
-parser.add_argument("mode", choices=["pad", "neat"])
-parser.add_argument("--rows", default="rows", choices=["rows", "tenth"])
-parser.add_argument("--full", action="store_true", help="all weights instead of an adapter")
-given = parser.parse_args()
-os.chdir(given.folder)
+import engines
+
+given = engines.asked(__doc__, ["pad", "neat"])
 neat = given.mode == "neat"
 settings = {
     "model_name_or_path": "model",

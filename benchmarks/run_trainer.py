@@ -8,10 +8,7 @@ without padding, about as many tokens a step.
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
-
+import engines
 import torch
 from datasets import load_dataset
 from transformers import (
@@ -23,14 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
-parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("folder", type=Path)
-parser.add_argument("mode", choices=["pad", "group", "flat"])
-parser.add_argument("--rows", default="rows", choices=["rows", "tenth"])
-parser.add_argument("--full", action="store_true", help="all weights instead of an adapter")
-given = parser.parse_args()
-os.chdir(given.folder)
-torch.set_num_threads(1)
+given = engines.asked(__doc__, ["pad", "group", "flat"])
+if given.device == "cpu":
+    torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained("model")
 
 
@@ -41,14 +33,16 @@ def prepare(row: dict) -> dict:
     )
     text = tokenizer.apply_chat_template(row["messages"], tokenize=False).rstrip("\n")
     prompt = tokenizer(head, add_special_tokens=False).input_ids
-    ids = tokenizer(text, add_special_tokens=False).input_ids[:512]
+    ids = tokenizer(text, add_special_tokens=False).input_ids[: given.length]
     labels = [-100] * len(prompt) + ids[len(prompt) :]
     return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
 
 
 rows = load_dataset("json", data_files=f"{given.rows}.jsonl", split="train")
 rows = rows.map(prepare, remove_columns=rows.column_names)
-model = AutoModelForCausalLM.from_pretrained("model", dtype=torch.float32)
+model = AutoModelForCausalLM.from_pretrained(
+    "model", dtype=torch.float32, attn_implementation=given.attention
+)
 if not given.full:
     from peft import LoraConfig, get_peft_model
 
@@ -59,13 +53,9 @@ if not given.full:
 flat = given.mode == "flat"
 arguments = TrainingArguments(
     "out-trainer",
-    per_device_train_batch_size=8,
-    num_train_epochs=1,
-    learning_rate=2e-4,
-    save_strategy="no",
-    report_to=[],
+    per_device_train_batch_size=given.batch or 8,
     logging_steps=10,
-    use_cpu=True,
+    **engines.of_trainer(given),
     **({"train_sampling_strategy": "group_by_length"} if given.mode == "group" else {}),
 )
 collate = DataCollatorWithFlattening() if flat else DataCollatorForSeq2Seq(tokenizer, padding=True)

@@ -1,8 +1,9 @@
-"""Counts in a training process whatever engine it is: steps, real tokens, CPU seconds, memory.
+"""Counts in a training process whatever engine it is: steps, real tokens, seconds, memory.
 
 Read by Python itself at the start of each process when its folder is on PYTHONPATH; does nothing
 unless BENCH_OUT names a file. Tokens are ids other than 0, the workload's padding, that an
-embedding sees while gradients are on.
+embedding sees while gradients are on. Seconds are of the CPU, or with BENCH_CLOCK=wall of the
+clock, the GPU having done what it was given.
 """
 
 import os
@@ -13,22 +14,41 @@ if os.environ.get("BENCH_OUT"):
     import importlib.machinery
     import json
     import resource
+    import time
 
-    STEPS: list[tuple[float, int]] = []
+    STEPS: list[tuple[float, int, int]] = []
     SEEN = {"real": 0, "all": 0}
+    WARM = int(os.environ.get("BENCH_WARM", "3"))
+    BEGUN = time.perf_counter()
 
-    def cpu() -> float:
-        """CPU seconds of this process and of the children that it has waited for."""
-        return sum(os.times()[:4])
+    def gpu():
+        """torch's view of the GPU, where the clock is that of the wall and there is one."""
+        cuda = sys.modules["torch"].cuda
+        return cuda if os.environ.get("BENCH_CLOCK") == "wall" and cuda.is_available() else None
+
+    def now() -> float:
+        """Seconds of the clock, or CPU seconds of this process and of children that ended."""
+        if os.environ.get("BENCH_CLOCK") != "wall":
+            return sum(os.times()[:4])
+        if gpu():
+            gpu().synchronize()
+        return time.perf_counter() - BEGUN
 
     def after_step(*_: object) -> None:
-        STEPS.append((cpu(), SEEN["real"], SEEN["all"]))
-        spent = STEPS[-1][0] - STEPS[min(2, len(STEPS) - 1)][0]
-        enough = len(STEPS) >= 5 and spent > float(os.environ.get("BENCH_SECONDS", "inf"))
+        STEPS.append((now(), int(SEEN["real"]), SEEN["all"]))
+        if len(STEPS) == WARM and gpu():
+            gpu().reset_peak_memory_stats()
+        spent = STEPS[-1][0] - STEPS[min(WARM, len(STEPS)) - 1][0]
+        enough = len(STEPS) >= WARM + 2 and spent > float(os.environ.get("BENCH_SECONDS", "inf"))
         if enough or len(STEPS) == int(os.environ.get("BENCH_STEPS", "0")):
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            seen = {
+                "steps": STEPS,
+                "warm": WARM,
+                "peak_kb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+                "gpu_bytes": gpu().max_memory_allocated() if gpu() else None,
+            }
             with open(os.environ["BENCH_OUT"], "w") as file:  # noqa: PTH123
-                json.dump({"steps": STEPS, "peak_kb": peak}, file)
+                json.dump(seen, file)
             os._exit(0)
 
     def watch_steps(module: object) -> None:
@@ -42,7 +62,8 @@ if os.environ.get("BENCH_OUT"):
         def embedding(ids, *rest, **named):
             # Positions are looked up too, in models that learn them; this workload's does not.
             if torch.is_grad_enabled():
-                SEEN["real"] += int((ids != 0).sum())
+                # Added up where the ids are: a GPU is waited for at the end of a step alone.
+                SEEN["real"] = SEEN["real"] + (ids != 0).sum()
                 SEEN["all"] += ids.numel()
             return plain(ids, *rest, **named)
 

@@ -7,6 +7,7 @@ model's call, which gradient checkpointing keeps for the recomputation too.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,10 @@ def _packed(
         raise ValueError(f"packed attention cannot apply {refused[0]}")
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     seen = _Seen(_is_causal(module, kwargs.get("is_causal")), sliding_window)
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:
-        return _varlen(query, key, value, segments, scaling, seen), None
+    if _on_gpu(query) and not dropout:
+        given = _as_computed(query, key, value)
+        if given[0].dtype != torch.float32:
+            return _varlen(*given, segments, scaling, seen), None
     lengths = segments.lengths
     longest = max(lengths)
     real = sum(n * n for n in lengths)
@@ -93,6 +96,22 @@ class _Seen:
         return near, 0 if self.causal else near
 
 
+def _on_gpu(query: torch.Tensor) -> bool:
+    """Whether torch's kernel for unequal lengths is there to be called."""
+    return query.is_cuda
+
+
+def _as_computed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What autocast makes of the arguments of torch's plain attention; this kernel it does not
+    know. Weights in float32 leave queries and keys so, once rotated by their places.
+    """
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
 def _varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -106,6 +125,12 @@ def _varlen(
 
     longest = max(segments.lengths)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11: heads that share keys and values get each a copy
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -116,7 +141,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=seen.sides(),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     return out[None]  # type: ignore[call-overload]
 

@@ -123,7 +123,7 @@ def test_a_stopped_evaluation_ends_and_goes_on(killed: str, folder: Path, itune:
     else:
         process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == (1 if killed == "one" else 75), said
+    assert process.returncode == (3 if killed == "one" else 75), said
     assert "Traceback" not in said
     if killed == "one":
         assert "process 1 of the run ended with signal 9" in said

@@ -249,11 +249,16 @@ def asked(about: str, modes: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def of_trainer(given: argparse.Namespace) -> dict[str, Any]:
-    """What `TrainingArguments` and those who inherit it are told alike.
+def dtype(given: argparse.Namespace) -> str:
+    """What weights are kept in: those that are trained in float32, as bfloat16 rounds steps away.
 
-    On a GPU weights are in float32 and computed with in bfloat16, as itune does.
+    It is what itune does by itself; adapters are in float32 with each engine.
     """
+    return "bfloat16" if given.device == "cuda" and not given.full else "float32"
+
+
+def of_trainer(given: argparse.Namespace) -> dict[str, Any]:
+    """What `TrainingArguments` and those who inherit it are told alike."""
     settings: dict[str, Any] = {
         "num_train_epochs": 1,
         "learning_rate": 2e-4,

@@ -60,7 +60,7 @@ def test_the_table_holds_medians_beside_the_fastest_of_each_tool(
     assert "3.10 times the supervised tokens/s of Trainer's fastest (trainer-pad-recom" in text
     assert "| itune | 500 | 2.0 |  | 1 |" in text
     assert "A card; torch 2.11.0" in text
-    assert "Left out: itune-liger, without liger_kernel." in text
+    assert "not installed: itune-liger (liger_kernel)." in text
     assert "Failed: qwen3-tiny trainer-pad: out of memory." in text
     assert "no figure to judge by" in text
     assert "| itune | 3,100 | 775 | 0.124 |" in text_of(bench, found, "--lora")

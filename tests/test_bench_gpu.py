@@ -104,6 +104,28 @@ def test_every_contender_has_an_engine_and_equal_tokens(bench: ModuleType) -> No
         assert contender.engine in bench.engines.ENGINES
 
 
+def test_one_that_has_no_room_runs_with_activations_recomputed(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(engine: str, _folder: Any, options: list[str], **_limits: Any) -> dict[str, Any]:
+        if "--recompute" not in options:
+            raise bench.engines.Failed(engine, "ended with 1", "torch: CUDA out of memory. Tried")
+        steps = [[1.0, 100, 100], [2.0, 200, 200], [3.0, 400, 400]]
+        return {"steps": steps, "warm": 1, "peak_kb": 1024, "gpu_bytes": 2**21}
+
+    monkeypatch.setattr(bench.engines, "run", run)
+    made = bench.Bench(bench.options(["--size", "small"]), bench.time.monotonic())
+    made.stats = {"qwen3-tiny": {"tokens": 60_000, "rows": 1000}}
+    for _ in range(2):
+        made.train("qwen3-tiny", "trl-pack")
+    (name, runs), *others = made.found.trained["qwen3-tiny"].items()
+    assert (name, others) == ("trl-pack-recomputed", [])
+    assert [(run["real"], run["a_step"], run["peak_mb"]) for run in runs] == [(150, 150, 2)] * 2
+    made.given.minutes = 0
+    made.train("qwen3-tiny", "itune")
+    assert list(made.found.trained["qwen3-tiny"]) == [name]
+
+
 def test_an_unknown_contender_is_refused() -> None:
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), "--contenders", "itune,trl"],
@@ -113,6 +135,14 @@ def test_an_unknown_contender_is_refused() -> None:
     )
     assert ended.returncode == 2
     assert "--contenders: unknown 'trl'. Known: itune, " in ended.stderr
+
+
+def test_a_python_without_libraries_is_told_of() -> None:
+    line = [sys.executable, "-S", str(SCRIPT)]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "has no numpy: name a Python that has torch" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_useful_work_is_what_torch_counts(bench: ModuleType) -> None:

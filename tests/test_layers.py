@@ -108,6 +108,7 @@ ORDER = (
     "scoring",
     "predictions",
     "answering",
+    "ensembles",
     "results",
     "memorising",
     "reports",

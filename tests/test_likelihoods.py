@@ -149,9 +149,15 @@ def test_a_choice_is_normalised_as_is_asked(
 ) -> None:
     model, told = tiny_model("causal").eval(), {}
     picked = likelihoods.choose(
-        model, encoder, PROMPTS, CHOICES, decide=decide, done=lambda i, best: told.update({i: best})
+        model,
+        encoder,
+        PROMPTS,
+        CHOICES,
+        decide=decide,
+        done=lambda *each: told.update({each[0]: each[1:]}),
     )
     sizes = [size(encoder, choice) for choice in CHOICES]
-    expected = (plainly(model, encoder)[0] / sizes).argmax(1).tolist()
-    assert picked == expected
-    assert told == dict(enumerate(expected))
+    expected = plainly(model, encoder)[0] / sizes
+    assert picked == expected.argmax(1).tolist()
+    assert {place: best for place, (best, _) in told.items()} == dict(enumerate(picked))
+    assert np.array([told[place][1] for place in range(4)]) == pytest.approx(expected, abs=1e-4)

@@ -154,7 +154,7 @@ def test_a_recipe_runs_as_it_is_and_is_scored(
 def test_what_was_fetched_once_needs_no_hub(itune: Itune, tmp_path: Path) -> None:
     """From an empty cache; then with nobody there at all; and before, what is said of that."""
     fill(tmp_path / "hub")
-    recipe = ROOT / "recipes" / "multi30k.yaml"
+    recipe = ROOT / "recipes" / "dialogsum.yaml"
     line = ("tune", "-r", recipe, "-s", "training.max_steps=2", "--json")
     with serving(tmp_path / "hub") as url:
         env = reach(url, tmp_path / "hf-home")
@@ -165,6 +165,7 @@ def test_what_was_fetched_once_needs_no_hub(itune: Itune, tmp_path: Path) -> Non
         done = itune(*line, "-o", f"again-{offline}", env={**env, "HF_HUB_OFFLINE": offline})
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["loss"] == first["loss"]
+        assert "Warning" not in done.stderr
     done = itune(*line, "-o", "none", env={**env, "HF_HOME": str(tmp_path / "empty")})
     assert done.returncode == 3
     assert "HuggingFaceTB/SmolLM2-135M" in done.stderr

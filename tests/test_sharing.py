@@ -123,7 +123,7 @@ def test_a_stopped_evaluation_ends_and_goes_on(killed: str, folder: Path, itune:
     else:
         process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == (1 if killed == "one" else 75), said
+    assert process.returncode == (3 if killed == "one" else 75), said
     assert "Traceback" not in said
     if killed == "one":
         assert "process 1 of the run ended with signal 9" in said
@@ -150,7 +150,10 @@ def test_what_is_wrong_is_said_once_with_its_code(folder: Path, itune: Itune) ->
     assert "moods.jsonl:1" in ended.stderr
 
 
-def test_one_process_talks(cli: Callable[..., Any]) -> None:
-    ended = cli("generate", "--chat", "-p", "2")
-    assert ended.code == 2
-    assert "--processes: with --chat?" in ended.err
+def test_one_process_talks(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    by_option = cli("generate", "--chat", "-p", "2")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    by_launcher = cli("generate", "--chat")
+    for ended in (by_option, by_launcher):
+        assert ended.code == 2
+        assert "--chat: in several processes?" in ended.err

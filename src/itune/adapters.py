@@ -154,7 +154,7 @@ def _own_fields(kind: type) -> list[str]:
 def keep_start(model: Any, settings: Mapping[str, Any], folder: Path) -> None:
     """Keep a fresh adapter that changed its base: `save` needs what it took out."""
     if changes_base(settings):
-        model.save_pretrained(folder / START)
+        model.save_pretrained(folder / START, save_embedding_layers=False)
 
 
 def save(model: Any, settings: Mapping[str, Any] | None, folder: Path, start: Path) -> None:
@@ -164,15 +164,23 @@ def save(model: Any, settings: Mapping[str, Any] | None, folder: Path, start: Pa
     W + AB - A0 B0 (https://huggingface.co/docs/peft, `path_initial_model_for_weight_conversion`).
     start: the folder that `keep_start` was given.
     """
-    if settings is None or not changes_base(settings):
+    if settings is None:
         model.save_pretrained(folder)
+        return
+    # No vocabulary is resized here, so embeddings need no copy; left to itself, peft asks the hub.
+    if not changes_base(settings):
+        model.save_pretrained(folder, save_embedding_layers=False)
         return
     with warnings.catch_warnings():
         # Of the gap under few bits, which merging into the float base leaves too; and that the two
         # adapters do not go together, which for this moment are not used.
         warnings.filterwarnings("ignore", "Note that Quant", UserWarning)
         warnings.filterwarnings("ignore", ".*changes the base weights", UserWarning)
-        model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(start / START))
+        model.save_pretrained(
+            folder,
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=str(start / START),
+        )
 
 
 def _with_head(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:

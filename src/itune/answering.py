@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,8 @@ class Asked:
     """How one of a template's choices is picked."""
     engine: engines.Engine | None = None
     """What answers in itune's place."""
+    beside: str = ""
+    """Which other runs answer with this one, as one: `with-seed-18-1f0c9a`."""
     otherwise: str = ""
     """What of the recipe is not as the run was trained: `max-new-tokens-64-1f0c9a`."""
 
@@ -61,6 +63,7 @@ class Asked:
             "" if self.wordings is None else f"wordings-{self.wordings}",
             "" if self.decide == "likelihood" else self.decide.replace("_", "-"),
             "" if self.engine is None else self.engine.name,
+            self.beside,
             self.otherwise,
         ]
         return "-".join(filter(None, parts)) or "all"
@@ -270,8 +273,8 @@ class Answerer:
         model, started = self.model, time.monotonic()
         told = self.counting(task.name, len(cases), "answers")
 
-        def keep(place: int, answer: str) -> None:
-            kept.add(task, cases[place], answer)
+        def keep(place: int, answer: str, nats: Sequence[float] = ()) -> None:
+            kept.add(task, cases[place], answer, nats)
             told()
 
         if not self.chosen(task):
@@ -284,7 +287,7 @@ class Answerer:
                 [case.messages for case in cases],
                 choices,
                 decide=self.asked.decide,
-                done=lambda place, best: keep(place, choices[best]),
+                done=lambda place, best, nats: keep(place, choices[best], nats.tolist()),
                 say=self.say,
             )
         else:

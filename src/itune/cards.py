@@ -334,9 +334,13 @@ class _Card:
 
 
 def _evaluations(folder: Path) -> list[tuple[str, Results]]:
-    """The evaluations of a run by name: `all` first, the others after it by their names."""
+    """The evaluations of a run by name: `all` first, the others after it by their names.
+
+    Not those of several runs as one: these weights alone do not score so.
+    """
     paths = sorted(folder.glob("*/scores.json"), key=lambda p: (p.parent.name != "all", p.parent))
-    return [(path.parent.name, _numbers(runs.read_json(path)["tasks"])) for path in paths]
+    found = [(path.parent.name, runs.read_json(path)) for path in paths]
+    return [(name, _numbers(each["tasks"])) for name, each in found if "ensemble" not in each]
 
 
 def _numbers(value: Any) -> Any:

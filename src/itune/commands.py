@@ -15,6 +15,7 @@ from itune import (
     console,
     engines,
     errors,
+    launchers,
     launching,
     prompting,
     recipes,
@@ -227,8 +228,10 @@ def generate(common: Common, asked: prompting.Asked, arguments: Sequence[str] = 
     """`itune generate`: one answer a prompt, in their order; or a talk."""
     fields = _generation(common.sets)
     prompting.check(asked, common.output)
-    if asked.chat and (common.processes or 1) > 1:
-        raise errors.OptionError("--processes: with --chat? One process talks. Leave it out.")
+    if asked.chat and max(common.processes or 1, launchers.started()) > 1:
+        raise errors.OptionError(
+            "--chat: in several processes? One talks. Leave --processes and the launcher out."
+        )
     if engines.asked(asked.engine, common.processes) is None:
         launching.ensure(common.processes, arguments)
     with sharing.joined():

@@ -75,6 +75,16 @@ class Found:
         }
 
 
+def together(found: Sequence[Found | None]) -> Found | None:
+    """What any of several trainings met of the same held-out rows; None where one is not known."""
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return None
+    pairs = [pair for each in known for pair in each.pairs]
+    whole = {pair.eval for pair in pairs if pair.kind == "exact"}
+    return Found(known[0].rows, tuple(p for p in pairs if p.kind == "exact" or p.eval not in whole))
+
+
 # --- what is compared ---------------------------------------------------------------------
 
 

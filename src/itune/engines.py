@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from itune import errors, yamls
+from itune import errors, launchers, yamls
 
 NAMES = ("vllm",)
 CHUNK = 2048  # chosen: so many answers are the most that a kill loses; vLLM batches within them
@@ -71,7 +70,7 @@ def asked(given: str | None, processes: int | None = None) -> Engine | None:
                 f"--engine {given}: {key}: itune sets this itself. Leave it out."
             )
         options[key] = yamls.parse_value(value, f"--engine {given}", errors.OptionError)
-    if (processes or 1) > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if (processes or 1) > 1 or launchers.started() > 1:
         raise errors.OptionError(
             "--engine vllm: in several processes? vLLM starts its own. Leave --processes and the "
             "launcher out; --engine vllm:tensor_parallel_size=N takes N GPUs."

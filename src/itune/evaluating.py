@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itune import commands, engines, errors, launching, metrics, recipes, runs, sharing
+from itune import (
+    commands,
+    engines,
+    errors,
+    launching,
+    metrics,
+    recipes,
+    runs,
+    sharing,
+    templates,
+)
 
 ASKING = (
     "data.",
@@ -18,6 +28,8 @@ ASKING = (
     "model.",
     "training.seed",
 )  # parts of a recipe that answers follow from
+ENSEMBLE = "evaluation.ensemble"
+ALONE = f"--set {ENSEMBLE}=[] averages none."
 NAMED = 40  # chosen: characters of a folder's name that tell of settings
 
 
@@ -52,12 +64,13 @@ def evaluate(common: commands.Common, asked: Judged, arguments: Sequence[str] = 
             "model, and no two models. Leave --against out, or name another --metric beside it."
         )
     recipe, run = _judged(common, asked)
+    others = _others(recipe, run, asked)
     engine = engines.asked(asked.engine, common.processes)
     if engine is None:
         wanted = sharing.affordable(common.processes, recipe.launch.num_processes)
         launching.ensure(wanted, arguments)
     with sharing.joined():
-        result = _of_model(common, asked, recipe, run, engine)
+        result = _of_model(common, asked, recipe, run, others, engine)
     if launching.is_main():
         _show(common, result, recipe.evaluation.confidence)
         if result["run"] is not None:
@@ -71,6 +84,7 @@ def _of_model(
     asked: Judged,
     recipe: recipes.Recipe,
     run: runs.Run | None,
+    others: Sequence[runs.Run],
     engine: engines.Engine | None,
 ) -> dict[str, Any]:
     from itune import answering, judging
@@ -78,10 +92,12 @@ def _of_model(
     commands.still()
     screen, settings = common.screen(), recipe.evaluation
     if run is not None:
-        screen.say(f"run: {run.dir}")
+        beside = f", as one with {', '.join(str(each.dir) for each in others)}" if others else ""
+        screen.say(f"run: {run.dir}{beside}")
     return judging.of_model(
         recipe,
         run,
+        others,
         model=asked.model,
         metrics=asked.metrics or settings.metrics,
         against=asked.against or settings.against,
@@ -91,6 +107,7 @@ def _of_model(
             wordings=_wordings(asked.wordings),
             decide=settings.decide,
             engine=engine,
+            beside=_beside(others),
             otherwise="" if run is None else sharing.of_first(lambda: otherwise(run, recipe)),
         ),
         folder=common.output,
@@ -111,12 +128,25 @@ def otherwise(run: runs.Run, recipe: recipes.Recipe) -> str:
     ]
     if not found:
         return ""
-    text = json.dumps(found, sort_keys=True)
     told = [
         (key.split(".")[-1], str(value).split("/")[-1]) for key, value in found if value is not None
     ]
     words = "-".join(f"{key}-{value}" for key, value in told) or "fewer"  # sources were left out
+    return _brief(words, found)
+
+
+def _beside(others: Sequence[runs.Run]) -> str:
+    """The runs that answer with another, as part of a folder's name; "" if there are none."""
+    if not others:
+        return ""
+    words = "-".join(["with", *(each.dir.resolve().name for each in others)])
+    return _brief(words, [str(each.dir) for each in others])
+
+
+def _brief(words: str, meant: object) -> str:
+    """The beginning of words as a part of a folder's name, and a digest of all that is meant."""
     brief = re.sub(r"[^a-z0-9.]+", "-", words.lower())[:NAMED].strip("-.")
+    text = json.dumps(meant, sort_keys=True)
     return f"{brief}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
@@ -183,3 +213,60 @@ def _judged(common: commands.Common, asked: Judged) -> tuple[recipes.Recipe, run
         return recipe, runs.find(recipe.output.dir)
     run = runs.find(asked.run) if asked.run is not None else runs.newest()
     return recipes.load(run.recipe_path(), overrides=common.sets, command="eval"), run
+
+
+# --- several runs as one ---------------------------------------------------------------------
+
+
+def _others(recipe: recipes.Recipe, run: runs.Run | None, asked: Judged) -> tuple[runs.Run, ...]:
+    """The runs that answer with this one, as one (`evaluation.ensemble`).
+
+    Raises UserError for what cannot be averaged, before anything is loaded.
+    """
+    if not recipe.evaluation.ensemble:
+        return ()
+    if run is None:
+        raise errors.OptionError(
+            "--model: evaluation.ensemble averages runs, and this is none. Name one with --run; "
+            + ALONE
+        )
+    _refuse_unaveraged(recipe, asked)
+    found: list[runs.Run] = []
+    for name in recipe.evaluation.ensemble:
+        try:
+            other = runs.find(Path(name))
+        except errors.RunError as error:
+            raise errors.RunError(f"{ENSEMBLE}: {error}") from error
+        for known in (run, *found):
+            if other.dir.resolve() == known.dir.resolve():
+                what = "the run that is scored" if known is run else "named before"
+                raise errors.OptionError(
+                    f"{ENSEMBLE}: {errors.inert(name)} is {what}, and would count twice. Take it "
+                    f"out; {ALONE}"
+                )
+        found.append(other)
+    return tuple(found)
+
+
+def _refuse_unaveraged(recipe: recipes.Recipe, asked: Judged) -> None:
+    """Raise OptionError where answers are written, or measured otherwise than by choices."""
+    wanted = asked.metrics or recipe.evaluation.metrics
+    unfit = {
+        f"--engine {asked.engine}: gives no likelihoods": asked.engine is not None,
+        f"--metric {metrics.MEMORISATION}: is of one model": metrics.MEMORISATION in wanted,
+        "evaluation.decide: generate has answers written": recipe.evaluation.decide == "generate",
+    }
+    for what, found in unfit.items():
+        if found:
+            raise errors.OptionError(
+                f"{what}, and {ENSEMBLE} averages the likelihoods of choices. Leave one of them "
+                f"out; {ALONE}"
+            )
+    for source in recipe.data.eval:
+        if source.template is None or not templates.load(source.template).choices:
+            named = "" if source.template is None else f" (template {source.template})"
+            raise errors.OptionError(
+                f"{ENSEMBLE}: {errors.inert(source.path + named)} has no choices, and texts of "
+                "several models cannot be averaged. Take it out of data.eval, or score each run "
+                f"by itself: {ALONE}"
+            )

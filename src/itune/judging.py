@@ -11,6 +11,7 @@ from typing import Any
 from itune import (
     cards,
     contamination,
+    ensembles,
     errors,
     memorising,
     memory,
@@ -77,11 +78,16 @@ def _other_file(against: str) -> results.Rival:
 
 
 def _result(
-    run: runs.Run | None, started: float, rate: float | None, tasks: dict[str, Any]
+    run: runs.Run | None,
+    started: float,
+    rate: float | None,
+    tasks: dict[str, Any],
+    others: Sequence[runs.Run] = (),
 ) -> dict[str, Any]:
     results.adjust(tasks)
     return {
         "run": None if run is None else str(run.dir),
+        **({"ensemble": [str(each.dir) for each in others]} if others else {}),
         "seconds": round(time.monotonic() - started, 3),
         "tokens_per_second": rate,
         "tasks": tasks,
@@ -94,6 +100,7 @@ def _result(
 def of_model(
     recipe: recipes.Recipe,
     run: runs.Run | None,
+    others: Sequence[runs.Run] = (),
     *,
     model: str | None,
     metrics: Sequence[str],
@@ -103,6 +110,8 @@ def of_model(
     say: Say,
 ) -> dict[str, Any]:
     """Scores of a run's model, or of an untuned one, on the recipe's evaluation data.
+
+    others: runs that answer with this one, as one; all tasks have choices then.
 
     Writes predictions.jsonl and scores.json under the run's evals/ (or `folder`); answers that are
     there already, of the same model to the same prompts, are not asked again.
@@ -116,8 +125,14 @@ def of_model(
     started = time.monotonic()
     if folder is None and run is not None:
         folder = run.dir / "evals" / asked.name
-    location = model if run is None else str(run.dir)
-    ours = sharing.first_before_others(lambda: Answerer(recipe, location or "", asked, say))
+    members = [str(each.dir) for each in (run, *others) if each is not None] or [model or ""]
+    ours = sharing.first_before_others(
+        lambda: (
+            ensembles.Ensemble(recipe, members, asked, say)
+            if others
+            else Answerer(recipe, members[0], asked, say)
+        )
+    )
     by_heart, metrics = memorising.asked(metrics)
     alone = by_heart and not metrics  # then nothing is answered
     if by_heart:
@@ -131,10 +146,10 @@ def of_model(
     learnt = memorising.measured(ours, recipe, run) if by_heart else {}
     if sharing.rank() > 0:  # what follows is written, and takes no model
         return {}
-    tasks = {} if answered is None else _scored(ours, recipe, run, ways, answered)
+    tasks = {} if answered is None else _scored(ours, recipe, run, others, ways, answered)
     tasks |= learnt
     rate = round(ours.tokens / ours.seconds, 1) if ours.tokens else None
-    result = _result(run, started, rate, tasks)
+    result = _result(run, started, rate, tasks, others)
     if folder is not None:
         if answered is not None:
             _keep(folder, ours, answered)
@@ -151,6 +166,7 @@ def _scored(
     ours: Answerer,
     recipe: recipes.Recipe,
     run: runs.Run | None,
+    others: Sequence[runs.Run],
     ways: Mapping[str, results.Way],
     answered: Answered,
 ) -> dict[str, Any]:
@@ -166,9 +182,20 @@ def _scored(
         tasks[name] = results.perplexity(
             name, path, sums, rival, results.Way((), recipe.evaluation)
         )
-    found = None if run is None else contamination.of_scoring(recipe, run, ours.say)
+    found = None
+    if run is not None:
+        trained = [(recipe, run), *((_trained_as(each, recipe), each) for each in others)]
+        found = contamination.together(
+            [contamination.of_scoring(one, each, ours.say) for one, each in trained]
+        )
     _name_contamination(tasks, recipe, found, ours)
     return tasks
+
+
+def _trained_as(other: runs.Run, recipe: recipes.Recipe) -> recipes.Recipe:
+    """The recipe with the training data of another run."""
+    train = {"train": other.recipe.data.train}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=train)})
 
 
 def _track(
@@ -307,9 +334,11 @@ def _rival(
 
 
 def _adapts(ours: Answerer, base: Answerer) -> bool:
-    """Whether ours is an adapter on that very base."""
+    """Whether ours is an adapter on that very base, and the only one."""
     from itune import locating
 
+    if isinstance(ours, ensembles.Ensemble):
+        return False
     adapter = locating.adapter_of(locating.resolve(ours.location))
     if adapter is None:
         return False

@@ -14,6 +14,11 @@ MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 NAMES = ("accelerate-launch", "accelerate.commands.launch", "launch")
 
 
+def started() -> int:
+    """Processes of the launch that this one belongs to; 1 where nobody launched it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def asked() -> int | None:
     """Processes that `accelerate launch` was asked for where it started one and said nothing, as
     it does on a CPU; None where it started them, was asked for none, or is not there.

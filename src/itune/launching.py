@@ -220,7 +220,7 @@ def end_with_parent() -> None:
 
 def check(accelerator: Any) -> None:
     """Refuse to run when fewer processes joined than were started: each would train alone."""
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = launchers.started()
     if accelerator.num_processes != wanted:
         raise errors.EnvironmentRefusal(
             f"{wanted} processes were started, but {accelerator.num_processes} joined. On a CPU "
@@ -249,7 +249,7 @@ def heard(folder: Path, seconds: float) -> Iterator[None]:
     Where itune's own launcher does not watch them, each watches all, and ends itself when one
     stands still for so many seconds.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    world, rank = launchers.started(), int(os.environ.get("RANK", "0"))
     if world == 1:
         yield
         return
@@ -291,7 +291,7 @@ def first_prepares(folder: Path) -> Iterator[None]:
     mark = folder / f".prepared-{socket.gethostname()}"
     # What the processes of one start have in common, and those of another start do not.
     start = f"{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launchers.started() == 1:
         yield
     elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
         _write(mark, start, "preparing")

@@ -57,14 +57,14 @@ def choose(
     choices: Sequence[str],
     *,
     decide: str = "likelihood",
-    done: Callable[[int, int], None] | None = None,
+    done: Callable[[int, int, np.ndarray], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[int]:
     """For each prompt the index of the choice that the model finds likeliest; the first of equals.
 
     decide: `likelihood` of a choice with its stop token, that `likelihood_per_token`, or
-    `likelihood_per_byte` of the choice's text. `done(prompt, choice)` is told of each one as soon
-    as it is known.
+    `likelihood_per_byte` of the choice's text. `done(prompt, choice, nats)` is told of each one as
+    soon as it is known; nats [choices]: by which it was picked.
     """
     picked: dict[int, int] = {}
     sizes = np.array([len(choice.encode()) or 1 for choice in choices])
@@ -75,10 +75,10 @@ def choose(
             "likelihood_per_token": found.nats / found.tokens,
             "likelihood_per_byte": found.nats / sizes,
         }[decide]
-        for place, best in zip(places, by.argmax(1), strict=True):
-            picked[place] = int(best)
+        for place, nats in zip(places, by, strict=True):
+            picked[place] = int(nats.argmax())
             if done is not None:
-                done(place, int(best))
+                done(place, picked[place], nats)
 
     encoder = encoder.answering(choices)
     if encoder.family == families.MASKED and decide == "likelihood":

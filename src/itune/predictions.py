@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from itune import errors, files, runs, scoring, sharing, storage
 
@@ -105,6 +105,13 @@ def digest(case: data.Case, choices: Sequence[str]) -> str:
 Key = tuple[str, int, int, str]
 
 
+class Answer(NamedTuple):
+    """An answer, and the log-likelihoods of the choices that it is one of, where these are kept."""
+
+    text: str
+    nats: tuple[float, ...] = ()
+
+
 class Kept:
     """The answers of one model in a file; those that it gave before are known.
 
@@ -113,16 +120,20 @@ class Kept:
     stays; `settle` brings them together, and so does the next start after one that was stopped.
     """
 
-    def __init__(self, folder: Path | None, name: str, mark: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path | None, name: str, mark: Mapping[str, Any], *, rated: bool = False
+    ) -> None:
         """mark: what decides the answers beside the prompts; another one starts the file anew.
 
+        rated: keep how likely each choice is, too (`nats`); an answer without that is not known.
         Without a folder nothing is kept. `changed` names what a mark there has otherwise.
         """
         self.path = None if folder is None else folder / name
-        self.answers: dict[Key, str] = {}
+        self.rated = rated
+        self.answers: dict[Key, Answer] = {}
         self.changed: list[str] = []
         self.aside: Path | None = None
-        self.fresh: dict[Key, str] = {}
+        self.fresh: dict[Key, Answer] = {}
         if folder is None or self.path is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +144,7 @@ class Kept:
 
     def _opened(
         self, folder: Path, name: str, mark: Mapping[str, Any]
-    ) -> tuple[dict[Key, str], list[str], Path | None]:
+    ) -> tuple[dict[Key, Answer], list[str], Path | None]:
         """The answers that are known, what the mark there has otherwise, where its answers went."""
         path, answers, changed, aside = folder / name, {}, [], None
         marks = runs.read_json(folder / MARKS) if (folder / MARKS).is_file() else {}
@@ -141,7 +152,11 @@ class Kept:
         parts = _parts(path)
         whole = [line for each in (path, *parts) for line in _whole_lines(each)]
         if marks.get(name) == mine:
-            answers = {_key(line): line["prediction"] for line in whole if _is_ours(line)}
+            answers = {
+                _key(line): Answer(line["prediction"], tuple(line.get("nats", ())))
+                for line in whole
+                if _is_ours(line) and (not self.rated or "nats" in line)
+            }
         elif whole:
             known = marks.get(name) or {}
             changed = [key for key in {**mine, **known} if known.get(key) != mine.get(key)]
@@ -156,10 +171,13 @@ class Kept:
         storage.write(folder / MARKS, runs.to_json({**marks, name: mine}, indent=2) + "\n")
         return answers, changed, aside
 
-    def add(self, task: data.Task, case: data.Case, answer: str) -> None:
-        """Keep an answer, on disk at once."""
-        line = line_of(task, case, answer)
-        self.answers[_key(line)] = self.fresh[_key(line)] = answer
+    def add(
+        self, task: data.Task, case: data.Case, answer: str, nats: Sequence[float] = ()
+    ) -> None:
+        """Keep an answer, on disk at once. nats: of each choice, where it is one of them."""
+        made = Answer(answer, tuple(nats) if self.rated else ())
+        line = line_of(task, case, *made)
+        self.answers[_key(line)] = self.fresh[_key(line)] = made
         if self.path is not None:
             with self.own.open("a", encoding="utf-8") as file:
                 file.write(runs.to_json(line) + "\n")
@@ -172,10 +190,10 @@ class Kept:
         if self.path is None or sharing.rank() > 0:
             return
         known = [
-            line_of(task, case, answer)
+            line_of(task, case, *answer)
             for task in tasks
             for case in task.cases
-            if (answer := self.answer(task, case)) is not None
+            if (answer := self._known(task, case)) is not None
         ]
         asked = {_key(line) for line in known}
         before = _whole_lines(self.path)
@@ -191,6 +209,16 @@ class Kept:
 
     def answer(self, task: data.Task, case: data.Case) -> str | None:
         """The answer to a case, where it is known."""
+        known = self._known(task, case)
+        return None if known is None else known.text
+
+    def nats(self, task: data.Task, case: data.Case) -> tuple[float, ...]:
+        """The log-likelihood of each choice in a case that is answered, as `decide` has it."""
+        known = self._known(task, case)
+        assert known is not None, "asked for before it was answered"
+        return known.nats
+
+    def _known(self, task: data.Task, case: data.Case) -> Answer | None:
         asked = digest(case, task.template.choices)
         return self.answers.get((task.name, case.row, case.wording, asked))
 
@@ -213,9 +241,11 @@ def _parts(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}.[0-9]*{path.suffix}"))
 
 
-def line_of(task: data.Task, case: data.Case, answer: str) -> dict[str, Any]:
+def line_of(
+    task: data.Task, case: data.Case, answer: str, nats: Sequence[float] = ()
+) -> dict[str, Any]:
     """An answer as predictions.jsonl has it."""
-    return {
+    line = {
         "task": task.name,
         "row": case.row,
         "wording": case.wording,
@@ -224,6 +254,7 @@ def line_of(task: data.Task, case: data.Case, answer: str) -> dict[str, Any]:
         "references": list(case.references),
         "asked": digest(case, task.template.choices),
     }
+    return {**line, "nats": list(nats)} if nats else line
 
 
 def write(path: Path, made: Iterable[Mapping[str, Any]]) -> None:

@@ -163,6 +163,7 @@ def _evaluations(folder: Path) -> Iterator[dict[str, Any]]:
         yield {
             "name": path.parent.name,
             "made": _time(path.stat().st_mtime),
+            "ensemble": result.get("ensemble", ()),
             "seconds": result["seconds"],
             "rate": result["tokens_per_second"],
             "tasks": [

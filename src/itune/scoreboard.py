@@ -28,6 +28,9 @@ class Table:
 def tables(result: Mapping[str, Any], confidence: float) -> Iterator[Table]:
     """For each task its scores, the differences, and the spread over wordings."""
     interval = f"{confidence * 100:g} % interval"
+    if others := result.get("ensemble"):
+        named = ", ".join(map(contrasts.visible, (result["run"], *others)))
+        yield Table(f"{1 + len(others)} runs as one: {named}")
     tests = sum(len(t.get("against", {}).get("difference", {})) for t in result["tasks"].values())
     for name, task in result["tasks"].items():
         yield _scores(name, task, interval)

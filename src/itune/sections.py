@@ -318,6 +318,9 @@ class Evaluation(Record):
     """Metrics by name, or paths of your own; those of the template when left out."""
     against: Text | None = None
     """What to compare with: `base`, another run's folder, or a file of predictions."""
+    ensemble: tuple[Text, ...] = ()
+    """Folders of other runs, such as the same recipe with another seed: all answer as one model,
+    by the mean of their log-likelihoods. For tasks with `choices` alone."""
     confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     """How sure the intervals are."""
     resamples: Annotated[Whole, Field(ge=1, le=1_000_000)] = 1000

@@ -63,7 +63,7 @@ def affordable(explicit: int | None, of_recipe: int | None) -> int | None:
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
     """The processes of the launch can share within; each has its own device. One needs nothing."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = launchers.started()
     if started == 1:
         yield
         return

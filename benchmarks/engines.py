@@ -195,11 +195,13 @@ def peak(core: int | None = None) -> float:
 
 def versions(pythons: Iterable[str]) -> dict[str, str]:
     """What the environments hold of what decides speed; itune as it is here."""
+    # By name, so that of two on the path it is the one that is imported.
     code = (
-        "import importlib.metadata as m, json\n"
-        f"found = {{d.name.lower(): d.version for d in m.distributions() "
-        f"if d.name and d.name.lower() in {PACKAGES!r}}}\n"
-        "import itune\n"
+        "import contextlib, importlib.metadata as m, itune, json\n"
+        "found = {}\n"
+        f"for name in {PACKAGES!r}:\n"
+        "    with contextlib.suppress(m.PackageNotFoundError):\n"
+        "        found[name] = m.version(name)\n"
         "print(json.dumps({**found, 'itune': itune.__version__}))"
     )
     found: dict[str, str] = {}

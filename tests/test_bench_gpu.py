@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import ROOT
+
+import itune
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
@@ -124,6 +128,20 @@ def test_one_that_has_no_room_runs_with_activations_recomputed(
     made.given.minutes = 0
     made.train("qwen3-tiny", "itune")
     assert list(made.found.trained["qwen3-tiny"]) == [name]
+
+
+def test_versions_are_those_that_are_imported(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("first", "1.2"), ("second", "3.4")):
+        info = tmp_path / folder / f"trl-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: trl\nVersion: {version}\n")
+    both = os.pathsep.join(str(tmp_path / folder) for folder in ("first", "second"))
+    monkeypatch.setenv("PYTHONPATH", both)
+    found = bench.engines.versions([sys.executable])
+    assert found["trl"] == "1.2"
+    assert found["itune"] == itune.__version__
 
 
 def test_an_unknown_contender_is_refused() -> None:

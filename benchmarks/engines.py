@@ -195,11 +195,13 @@ def peak(core: int | None = None) -> float:
 
 def versions(pythons: Iterable[str]) -> dict[str, str]:
     """What the environments hold of what decides speed; itune as it is here."""
+    # By name, so that of two on the path it is the one that is imported.
     code = (
-        "import importlib.metadata as m, json\n"
-        f"found = {{d.name.lower(): d.version for d in m.distributions() "
-        f"if d.name and d.name.lower() in {PACKAGES!r}}}\n"
-        "import itune\n"
+        "import contextlib, importlib.metadata as m, itune, json\n"
+        "found = {}\n"
+        f"for name in {PACKAGES!r}:\n"
+        "    with contextlib.suppress(m.PackageNotFoundError):\n"
+        "        found[name] = m.version(name)\n"
         "print(json.dumps({**found, 'itune': itune.__version__}))"
     )
     found: dict[str, str] = {}
@@ -249,11 +251,16 @@ def asked(about: str, modes: Sequence[str]) -> argparse.Namespace:
     return given
 
 
-def of_trainer(given: argparse.Namespace) -> dict[str, Any]:
-    """What `TrainingArguments` and those who inherit it are told alike.
+def dtype(given: argparse.Namespace) -> str:
+    """What weights are kept in: those that are trained in float32, as bfloat16 rounds steps away.
 
-    On a GPU weights are in float32 and computed with in bfloat16, as itune does.
+    It is what itune does by itself; adapters are in float32 with each engine.
     """
+    return "bfloat16" if given.device == "cuda" and not given.full else "float32"
+
+
+def of_trainer(given: argparse.Namespace) -> dict[str, Any]:
+    """What `TrainingArguments` and those who inherit it are told alike."""
     settings: dict[str, Any] = {
         "num_train_epochs": 1,
         "learning_rate": 2e-4,

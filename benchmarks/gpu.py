@@ -25,8 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import engines
-import report
-from contenders import AGAIN, CONTENDERS, SIZES, UNASKED, WAYS, Contender
+
+try:
+    import report
+    from contenders import AGAIN, CONTENDERS, SIZES, UNASKED, WAYS, Contender
+except ModuleNotFoundError as missing:
+    raise SystemExit(
+        f"{sys.executable} has no {missing.name}: name a Python that has torch and transformers "
+        "by make bench-gpu PYTHON=…, or run make setup first."
+    ) from None
 
 CARD = (
     "import json, torch\n"
@@ -246,6 +253,9 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Run all, and write the tables. Ends with 1 where something failed or is not comparable."""
     begun, given = time.monotonic(), options()
+    for module in ("torch", "transformers"):
+        if not engines.installed(module, sys.executable):
+            raise SystemExit(f"{sys.executable} has no {module}: name one by PYTHON=…")
     card = json.loads(
         subprocess.run(
             [sys.executable, "-c", CARD],

@@ -133,7 +133,9 @@ def written(
         rows = {f"{WAYS[way.split()[0]]}": medians(each) for way, each in runs.items()}
         title = f"answers of {shape}, {prompts} prompts, at most {new} tokens"
         parts.append(table(title, ANSWERING, rows))
-    parts += [f"Left out: {name}, without {', '.join(m)}." for name, m in found.absent.items()]
+    left_out = [f"{name} ({', '.join(modules)})" for name, modules in found.absent.items()]
+    if left_out:
+        parts.append(f"Left out, as what they need is not installed: {', '.join(left_out)}.")
     parts += [f"Failed: {line}." for line in faults(found, short=True)]
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -41,7 +41,7 @@ def prepare(row: dict) -> dict:
 rows = load_dataset("json", data_files=f"{given.rows}.jsonl", split="train")
 rows = rows.map(prepare, remove_columns=rows.column_names)
 model = AutoModelForCausalLM.from_pretrained(
-    "model", dtype=torch.float32, attn_implementation=given.attention
+    "model", dtype=engines.dtype(given), attn_implementation=given.attention
 )
 if not given.full:
     from peft import LoraConfig, get_peft_model

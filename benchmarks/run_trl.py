@@ -28,7 +28,7 @@ modes = {
         "max_length": None,
     },
 }
-loaded = {"dtype": torch.float32}
+loaded = {"dtype": engines.dtype(given)}
 if given.attention:
     loaded["attn_implementation"] = given.attention
 trainer = SFTTrainer(

@@ -88,3 +88,28 @@ def test_the_kernel_is_not_asked_for_float32(monkeypatch: pytest.MonkeyPatch) ->
     kernel, model = Kernel(monkeypatch, old=False), blank("qwen3")
     assert probing.choose(model, 64).layout == probing.ROWS
     assert not kernel.dtypes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_the_kernel_of_this_card_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, plain = [], attention._varlen
+    monkeypatch.setattr(attention, "_varlen", lambda *given: calls.append(1) or plain(*given))
+    model = blank(kind).cuda()
+    path = probing.choose(model, 64, autocast=lambda: torch.autocast("cuda", torch.bfloat16))
+    assert (path.layout, path.head) == (probing.ROWS, losses.TARGETS), path.why
+    assert calls
+
+
+def test_a_torch_without_the_fused_loss_has_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 and 2.12 are, which lack the options too."""
+    with monkeypatch.context() as patch:
+        patch.delattr(torch.nn.functional, "linear_cross_entropy")
+        patch.delattr(torch.nn, "LinearCrossEntropyOptions")
+        losses.fused.cache_clear()
+        called, plain = [], losses.Chunked.apply
+        patch.setattr(losses.Chunked, "apply", lambda *given: called.append(1) or plain(*given))
+        path = probing.choose(blank("qwen3"), 64)
+    losses.fused.cache_clear()
+    assert (path.layout, path.head) == (probing.ROWS, losses.TARGETS), path.why
+    assert called

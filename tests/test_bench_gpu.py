@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from conftest import ROOT
+
+import itune
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
@@ -60,7 +64,7 @@ def test_the_table_holds_medians_beside_the_fastest_of_each_tool(
     assert "3.10 times the supervised tokens/s of Trainer's fastest (trainer-pad-recom" in text
     assert "| itune | 500 | 2.0 |  | 1 |" in text
     assert "A card; torch 2.11.0" in text
-    assert "Left out: itune-liger, without liger_kernel." in text
+    assert "not installed: itune-liger (liger_kernel)." in text
     assert "Failed: qwen3-tiny trainer-pad: out of memory." in text
     assert "no figure to judge by" in text
     assert "| itune | 3,100 | 775 | 0.124 |" in text_of(bench, found, "--lora")
@@ -104,6 +108,42 @@ def test_every_contender_has_an_engine_and_equal_tokens(bench: ModuleType) -> No
         assert contender.engine in bench.engines.ENGINES
 
 
+def test_one_that_has_no_room_runs_with_activations_recomputed(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(engine: str, _folder: Any, options: list[str], **_limits: Any) -> dict[str, Any]:
+        if "--recompute" not in options:
+            raise bench.engines.Failed(engine, "ended with 1", "torch: CUDA out of memory. Tried")
+        steps = [[1.0, 100, 100], [2.0, 200, 200], [3.0, 400, 400]]
+        return {"steps": steps, "warm": 1, "peak_kb": 1024, "gpu_bytes": 2**21}
+
+    monkeypatch.setattr(bench.engines, "run", run)
+    made = bench.Bench(bench.options(["--size", "small"]), bench.time.monotonic())
+    made.stats = {"qwen3-tiny": {"tokens": 60_000, "rows": 1000}}
+    for _ in range(2):
+        made.train("qwen3-tiny", "trl-pack")
+    (name, runs), *others = made.found.trained["qwen3-tiny"].items()
+    assert (name, others) == ("trl-pack-recomputed", [])
+    assert [(run["real"], run["a_step"], run["peak_mb"]) for run in runs] == [(150, 150, 2)] * 2
+    made.given.minutes = 0
+    made.train("qwen3-tiny", "itune")
+    assert list(made.found.trained["qwen3-tiny"]) == [name]
+
+
+def test_versions_are_those_that_are_imported(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, version in (("first", "1.2"), ("second", "3.4")):
+        info = tmp_path / folder / f"trl-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: trl\nVersion: {version}\n")
+    both = os.pathsep.join(str(tmp_path / folder) for folder in ("first", "second"))
+    monkeypatch.setenv("PYTHONPATH", both)
+    found = bench.engines.versions([sys.executable])
+    assert found["trl"] == "1.2"
+    assert found["itune"] == itune.__version__
+
+
 def test_an_unknown_contender_is_refused() -> None:
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), "--contenders", "itune,trl"],
@@ -113,6 +153,14 @@ def test_an_unknown_contender_is_refused() -> None:
     )
     assert ended.returncode == 2
     assert "--contenders: unknown 'trl'. Known: itune, " in ended.stderr
+
+
+def test_a_python_without_libraries_is_told_of() -> None:
+    line = [sys.executable, "-S", str(SCRIPT)]
+    ended = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "has no numpy: name a Python that has torch" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_useful_work_is_what_torch_counts(bench: ModuleType) -> None:

@@ -9,7 +9,7 @@ JOBS   ?= 2
 QUIET  := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 PYTEST := $(QUIET) $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: help setup quickstart test faults slow lint check size bench bench-gpu docs build clean
+.PHONY: help setup quickstart test faults slow lint check size bench bench-gpu docs build oldest clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ docs: setup  ## the site, in site/; a link that leads nowhere is an error
 
 build: setup  ## the wheel, in dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+oldest:  ## the smoke test with the oldest versions that pyproject.toml allows, in an environment of its own: some minutes
+	.ci/oldest
 
 clean:  ## remove builds and caches; the environment, data and runs stay
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from test_commands import write
 from test_judging import LORA, RECIPE, with_runs
+from test_launching import SETTINGS, WAYS, start
 
 from itune import sharing
 
@@ -75,6 +76,29 @@ def test_two_processes_score_as_one(folder: Path, itune: Itune) -> None:
     assert sorted(path.name for path in (folder / "two").iterdir()) == sorted(
         path.name for path in (folder / "one").iterdir()
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [each for each in WAYS if each != "recipe"])
+def test_every_launcher_scores_and_answers_the_same(way: str, folder: Path, itune: Itune) -> None:
+    (folder / "two.yaml").write_text(SETTINGS)
+    write(folder / "in.jsonl", [{"prompt": f"Who is {n}?"} for n in range(9)])
+    score, ask = (
+        ["eval", "--run", "runs/lora"],
+        ["generate", "--run", "runs/lora", "-i", "in.jsonl"],
+    )
+    assert itune(*score, "-o", "one", env=ONE_THREAD).returncode == 0
+    assert itune(*ask, "-o", "one.jsonl", env=ONE_THREAD).returncode == 0
+    launcher, more, env = WAYS[way]
+    if way == "torchrun":  # it would take --run for the beginning of an option of its own
+        launcher = [*launcher[:-1], "--", launcher[-1]]
+    for given in ([*score, "-o", "two"], [*ask, "-o", "two.jsonl"]):
+        ended = start(folder, launcher, [*given, *more], {**env, **ONE_THREAD})
+        assert ended.returncode == 0, ended.stderr
+        assert "of 2 processes" in ended.stderr or given[0] == "generate", ended.stderr
+    for name in ("two/predictions.jsonl", "two.jsonl"):
+        assert (folder / name).read_bytes() == (folder / name.replace("two", "one")).read_bytes()
+    assert scores(folder / "two/scores.json") == scores(folder / "one/scores.json")
 
 
 @pytest.mark.slow

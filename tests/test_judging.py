@@ -422,6 +422,21 @@ def test_answers_that_are_no_choice_are_wrong_and_counted(folder: Path, cli: Cli
     assert "none of the choices" not in picked.out
 
 
+def test_rows_that_are_asked_twice_are_told_of(folder: Path, cli: Cli) -> None:
+    twice = (
+        "-s",
+        'data.eval=[{path: moods.jsonl, template: ./mood.yaml, split: "train[:4]+train[2:6]"}]',
+    )
+    lines = (folder / "moods.jsonl").read_text().splitlines()
+    repeated = 8 - len({*lines[:6]})
+    found = result(cli("eval", "--run", "runs/lora", *twice, "--json"))["tasks"]["mood"]
+    assert found["rows"] == 8
+    assert found["duplicated"] == repeated >= 2
+    told = f"{repeated} rows say what an earlier one does, though the intervals take all for new"
+    assert told in cli("eval", "--run", "runs/lora", *twice).out
+    assert told in (folder / "runs/lora/report.html").read_text()
+
+
 def test_f1_tells_of_each_class(folder: Path, cli: Cli) -> None:
     found = result(cli("eval", "--run", "runs/lora", *NO_TEXT, "--json"))["tasks"]["mood"]
     details = found["scores"]["f1"]["details"]

@@ -38,6 +38,13 @@ class Task:
         """How many rows there are, each asked in every wording."""
         return len({case.row for case in self.cases})
 
+    @property
+    def duplicated(self) -> int:
+        """Rows that ask what an earlier one asks, and want the same: they are no new evidence."""
+        first = min((case.wording for case in self.cases), default=0)
+        asked = [(c.messages, c.references) for c in self.cases if c.wording == first]
+        return len(asked) - len(set(asked))
+
 
 def reading(rows: sources.Rows, command: str = "") -> formats.Reading:
     """How the rows of a source become Examples. Raises DataError."""

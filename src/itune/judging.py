@@ -178,6 +178,8 @@ def _scored(
             task.name, task.path, made[task.name], ways[task.name], rival
         )
         tasks[task.name]["task"] = task.template.task
+        if task.duplicated:
+            tasks[task.name]["duplicated"] = task.duplicated
     for name, (path, sums) in losses.items():
         tasks[name] = results.perplexity(
             name, path, sums, rival, results.Way((), recipe.evaluation)

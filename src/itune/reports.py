@@ -20,7 +20,7 @@ from typing import Any
 import jinja2
 
 import itune
-from itune import charts, contrasts, recipes, runs, scoring, storage
+from itune import charts, contrasts, recipes, runs, scoreboard, scoring, storage
 
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -180,6 +180,7 @@ def _task(name: str, task: Mapping[str, Any], answered: Answered | None) -> dict
     return {
         "name": name,
         **{key: task.get(key) for key in ("data", "rows", "unparseable", "contamination")},
+        "repeated": scoreboard.repeated(task),
         "rival": None if against is None else against["name"],
         "scores": list(_scores(task, against)),
         "differences": [] if against is None else list(_differences(against["difference"])),

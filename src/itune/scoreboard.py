@@ -66,6 +66,7 @@ def _scores(name: str, task: Mapping[str, Any], interval: str) -> Table:
         *_odd(task, ""),
         *notes,
         *_leaked(task),
+        *_wrapped(repeated(task)),
         *_wrapped(task.get("notes", ())),
     ]
     return Table(f"{name}: {rows}{wordings}", columns, cells, notes)
@@ -91,6 +92,15 @@ def _leaked(task: Mapping[str, Any]) -> list[str]:
         f"also in the training data: {counts['exact']:,} rows whole, "
         f"{counts['ngram']:,} more by a passage of 13 words"
     ]
+
+
+def repeated(task: Mapping[str, Any]) -> list[str]:
+    """A line about held-out rows that repeat others, where there are any."""
+    count = task.get("duplicated")
+    if not count:
+        return []
+    who = "1 row says" if count == 1 else f"{count:,} rows say"
+    return [f"{who} what an earlier one does, though the intervals take all for new"]
 
 
 def _odd(task: Mapping[str, Any], whose: str) -> list[str]:

@@ -83,6 +83,35 @@ def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
     assert cli("generate", "--run", "runs/new", "Where is 3?").code == 0
 
 
+@pytest.mark.parametrize("kind", ["lily", "shadow", "prefix_tuning"])
+def test_an_adapter_that_never_folds_is_refused_before_a_row_is_read(
+    kind: str, folder: Path, cli: Cli
+) -> None:
+    (folder / "rows.jsonl").unlink()
+    merged = ("-s", f"adapter={{peft_type: {kind}}}", "-s", "output.merge=true")
+    ended = cli("tune", "-r", "lora.yaml", *merged)
+    assert ended.code == 2, ended.err
+    assert f"output.merge: its adapter ({kind}) cannot be folded into its base" in ended.err
+    saved = {"peft_type": kind.upper(), "base_model_name_or_path": "./model"}
+    (folder / "below").mkdir()
+    (folder / "below/adapter_config.json").write_text(json.dumps(saved))
+    ended = cli("tune", "-r", "lora.yaml", "--fresh", "-s", "model.name=./below")
+    assert ended.code == 2, ended.err
+    assert f"model.name: ./below: its adapter ({kind}) cannot be folded into its" in ended.err
+
+
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
+def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_step(
+    folder: Path, cli: Cli
+) -> None:
+    ended = cli(
+        "tune", "-r", "lora.yaml", "-s", "adapter={peft_type: beft}", "-s", "output.merge=true"
+    )
+    assert ended.code == 2, ended.err
+    assert "output.merge: this adapter cannot be folded into its base: Base layer has" in ended.err
+    assert not Path("runs/lora/log.jsonl").exists()
+
+
 # --- an adapter of the hub ------------------------------------------------------------------
 
 

@@ -36,6 +36,8 @@ REFUSED = {
     "MULTITASK_PROMPT_TUNING": "it needs a number for the task of each row. Use prompt_tuning",
 }
 
+# What depends on the text in each layer; peft refuses to fold these only when it is asked to.
+NEVER_FOLDED = {"LILY", "SHADOW"}
 
 # chosen: output rows this near to each other, relatively, were never told apart in training.
 ALIKE = 1e-2
@@ -239,14 +241,27 @@ def prepends(model: Any) -> bool:
     return settings is not None and bool(settings.is_prompt_learning)
 
 
-def refuse_soft(name: str, settings: Mapping[str, Any] | None) -> None:
-    """Raise RecipeError for a saved adapter of learnt prompts: nothing is tuned on top of those."""
-    import peft
+def refuse_unfoldable(place: str, settings: Mapping[str, Any] | None, so: str) -> None:
+    """Raise RecipeError for an adapter that by its settings alone cannot be folded into any base.
 
-    kind = str((settings or {}).get("peft_type", "")).upper()
-    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
-    if cls is not None and issubclass(cls, peft.PromptLearningConfig):
+    settings: a recipe's section or an adapter_config.json. `so` says what follows, and what to do.
+    """
+    if settings is not None and not _folds(settings):
+        kind = str(settings.get("peft_type", "")).lower()
         raise errors.RecipeError(
-            f"model.name: {name}: its adapter cannot be folded into its base, so nothing can be "
-            "tuned on top of it. Name its base."
+            f"{place}: its adapter ({kind}) cannot be folded into its base, so {so}"
         )
+
+
+def _folds(settings: Mapping[str, Any]) -> bool:
+    """Whether an adapter may be folded into a base, as far as its settings tell."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    kind = str(settings.get("peft_type", "")).upper()
+    tuners = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    tuner = tuners.get(kind)
+    if tuner is None:  # unknown: others say so
+        return True
+    # A LoRA that wakes at certain tokens is no part of a weight either.
+    wakes = settings.get("alora_invocation_tokens") is not None
+    return hasattr(tuner, "merge_and_unload") and kind not in NEVER_FOLDED and not wakes

@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,19 @@ NOT_IN_AND_OUT = {"BEFT", "LILY", "OSF", "SHADOW"}
 
 
 def refuse_unmergeable(model: Any) -> None:
-    """Raise RecipeError before a run whose adapter could not be folded into its base after it."""
+    """Raise RecipeError before a run whose adapter could not be folded into its base after it.
+
+    Tried on a copy of one layer of each kind; few bits are passed over, for they are merged as
+    floats.
+    """
+    _refuse_whole(model)
+    layers = [each for each in model.modules() if _is_adapted(each) and _is_float(each)]
+    for layer in {_kind(each): each for each in layers}.values():
+        with _told():
+            copy.deepcopy(layer).merge()
+
+
+def _refuse_whole(model: Any) -> None:
     if adapters.prepends(model) or not hasattr(model, "merge_and_unload"):
         raise errors.RecipeError(
             "output.merge: this adapter cannot be folded into its base. Set output.merge: false."
@@ -30,14 +43,37 @@ def refuse_unmergeable(model: Any) -> None:
 
 def merged(model: Any) -> Any:
     """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
-    refuse_unmergeable(model)
-    try:
+    _refuse_whole(model)
+    with _told():
         return model.merge_and_unload(safe_merge=True)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What peft refuses to fold, in our words."""
+    try:
+        yield
     except (NotImplementedError, ValueError) as error:
         raise errors.RecipeError(
             f"output.merge: this adapter cannot be folded into its base: "
-            f"{' '.join(str(error).split())[:200]}. Set output.merge: false."
+            f"{' '.join(str(error).split())[:200].rstrip('.')}. Set output.merge: false."
         ) from error
+
+
+def _is_adapted(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _is_float(layer: Any) -> bool:
+    return all(p.is_floating_point() for p in layer.get_base_layer().parameters())
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """What decides whether a layer's adapter folds: its class, and the parts that its base has."""
+    base = layer.get_base_layer()
+    return (type(layer), type(base), *(name for name, _ in base.named_parameters()))
 
 
 @torch.no_grad()
@@ -101,9 +137,7 @@ def _folds(model: Any) -> bool:
 
     Where folding fails half way, peft leaves some layers folded and others not.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for layer in [each for each in model.modules() if isinstance(each, BaseTunerLayer)]:
+    for layer in [each for each in model.modules() if _is_adapted(each)]:
         kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
         try:
             layer.merge()
@@ -164,18 +198,15 @@ def _foldable(model: Any) -> list[Any]:
     if "peft" not in sys.modules:  # seconds to import, and it made no part of this model
         return []
     import peft
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(model, peft.PeftModel) or not hasattr(model.base_model, "merge_adapter"):
         return []
     kind = getattr(model.active_peft_config.peft_type, "value", "")
     if kind in NOT_IN_AND_OUT:
         return []
-    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    layers: list[Any] = [each for each in model.modules() if _is_adapted(each)]
     for each in layers:
         weights = list(each.get_base_layer().parameters())
-        if not hasattr(each, "merge") or each.merged or not weights:
-            return []
-        if not all(p.is_floating_point() for p in weights):
+        if not hasattr(each, "merge") or each.merged or not weights or not _is_float(each):
             return []
     return layers

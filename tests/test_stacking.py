@@ -201,6 +201,32 @@ def test_what_a_method_needs_and_was_not_given_is_named(folder: Path, cli: Cli) 
     assert "adapter_layers" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("modules_to_save: [lm_haed]", "the model has no 'lm_haed'. Did you mean 'lm_head'?"),
+        ("modules_to_save: lm_head", "not a list. Write [lm_head]."),
+        ("trainable_token_indices: [99999]", "does not go with LlamaForCausalLM: index 99999"),
+        ("task_type: SEQ_CLS", "it follows from the model's family"),
+        ("r: four", "does not go with LlamaForCausalLM: '<=' not supported"),
+    ],
+)
+def test_a_field_of_a_method_that_will_not_do_is_told_of(
+    field: str, said: str, folder: Path, cli: Cli
+) -> None:
+    ended = cli("tune", "-r", "lora.yaml", "-s", f"adapter={{peft_type: lora, {field}}}")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert said in ended.err
+    assert "are not set" not in ended.err
+
+
+def test_a_lora_that_wakes_at_a_token_answers_beside_its_base(folder: Path, cli: Cli) -> None:
+    wakes = "adapter={peft_type: lora, r: 4, alora_invocation_tokens: [5]}"
+    assert cli("tune", "-r", "lora.yaml", "-s", wakes).code == 0
+    ended = cli("generate", "--run", "runs/lora", "Where is 3?")
+    assert ended.code == 0, ended.err
+
+
 def test_the_card_names_every_stage_with_its_data(folder: Path, cli: Cli) -> None:
     assert cli("pretrain", "-r", "all.yaml", "-s", "data.train.path=texts.jsonl").code == 0
     for name, base in (("second", "runs/all"), ("third", "runs/second")):

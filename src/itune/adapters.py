@@ -94,6 +94,15 @@ def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
     fields = inspect.signature(known[kind]).parameters
     _refuse_broken(kind, given)
     errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
+    if isinstance(
+        whole := given.get("modules_to_save"), str
+    ):  # peft would take it letter by letter
+        raise errors.RecipeError(f"adapter.modules_to_save: {whole}: not a list. Write [{whole}].")
+    if "task_type" in given:
+        raise errors.RecipeError(
+            "adapter.task_type: it follows from the model's family. Leave it out; model.family "
+            "says it otherwise."
+        )
     try:
         return known[kind](task_type=peft.TaskType[TASKS[family]], **given)
     except (ValueError, TypeError) as error:
@@ -125,6 +134,7 @@ def attach(
     import peft
 
     wanted = config(_with_head(model, settings), family)
+    _refuse_unmatched(model, wanted)
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -133,16 +143,23 @@ def attach(
         ):  # GPT-2's layers have their weights transposed: peft sees it
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             return peft.get_peft_model(model, wanted, revision=revision)
-    except TypeError as error:  # a field that peft needs and has no default for
-        empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
-        raise errors.RecipeError(
-            f"adapter: does not go with {type(model).__name__} ({' '.join(str(error).split())}). "
-            f"Of its fields these are not set: {', '.join(empty) or 'none'}."
-        ) from error
-    except (ValueError, AttributeError, RuntimeError) as error:
-        raise errors.RecipeError(
-            f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
-        ) from error
+    except (ValueError, AttributeError, RuntimeError, TypeError, IndexError) as error:
+        text = f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, TypeError) and "NoneType" in text:  # peft has no default for it
+            empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
+            text += f". Of its fields these are not set: {', '.join(empty) or 'none'}."
+        raise errors.RecipeError(text) from error
+
+
+def _refuse_unmatched(model: Any, wanted: Any) -> None:
+    """Raise RecipeError for a layer to be trained whole that is none: peft says nothing of it."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for asked in getattr(wanted, "modules_to_save", None) or ():
+        if not any(name.endswith(asked) for name in modules):
+            near = sorted({name.rpartition(".")[2] for name in modules if name})
+            raise errors.RecipeError(
+                f"adapter.modules_to_save: the model has no {asked!r}.{errors.nearest(asked, near)}"
+            )
 
 
 def _own_fields(kind: type) -> list[str]:
@@ -246,14 +263,14 @@ def refuse_unfoldable(place: str, settings: Mapping[str, Any] | None, so: str) -
 
     settings: a recipe's section or an adapter_config.json. `so` says what follows, and what to do.
     """
-    if settings is not None and not _folds(settings):
+    if settings is not None and not folds(settings):
         kind = str(settings.get("peft_type", "")).lower()
         raise errors.RecipeError(
             f"{place}: its adapter ({kind}) cannot be folded into its base, so {so}"
         )
 
 
-def _folds(settings: Mapping[str, Any]) -> bool:
+def folds(settings: Mapping[str, Any]) -> bool:
     """Whether an adapter may be folded into a base, as far as its settings tell."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 

@@ -17,8 +17,8 @@ import torch
 
 from itune import adapters, errors, launching
 
-# What peft cannot fold in, or not out again: it says so only half way through.
-NOT_IN_AND_OUT = {"BEFT", "LILY", "OSF", "SHADOW"}
+# What folds in now and then, or not out again: peft says so only half way through.
+NOT_IN_AND_OUT = {"BEFT", "OSF"}
 
 
 def refuse_unmergeable(model: Any) -> None:
@@ -201,8 +201,9 @@ def _foldable(model: Any) -> list[Any]:
 
     if not isinstance(model, peft.PeftModel) or not hasattr(model.base_model, "merge_adapter"):
         return []
-    kind = getattr(model.active_peft_config.peft_type, "value", "")
-    if kind in NOT_IN_AND_OUT:
+    settings = model.active_peft_config.to_dict()
+    kind = getattr(settings["peft_type"], "value", settings["peft_type"])
+    if kind in NOT_IN_AND_OUT or not adapters.folds({**settings, "peft_type": kind}):
         return []
     layers: list[Any] = [each for each in model.modules() if _is_adapted(each)]
     for each in layers:

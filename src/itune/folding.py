@@ -9,6 +9,7 @@ import contextlib
 import copy
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def refuse_unmergeable(model: Any) -> None:
     floats.
     """
     _refuse_whole(model)
+    if name := _tied(model):
+        raise errors.RecipeError(
+            f"output.merge: {name} has its weights in common with another layer, so an adapter "
+            "cannot be folded into it. Take it out of adapter.target_modules, or set output.merge: "
+            "false."
+        )
     layers = [each for each in model.modules() if _is_adapted(each) and _is_float(each)]
     for layer in {_kind(each): each for each in layers}.values():
         with _told():
@@ -45,7 +52,7 @@ def merged(model: Any) -> Any:
     """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
     _refuse_whole(model)
     with _told():
-        return model.merge_and_unload(safe_merge=True)
+        return _unloaded(model, safe_merge=True)
 
 
 @contextlib.contextmanager
@@ -58,6 +65,42 @@ def _told() -> Iterator[None]:
             f"output.merge: this adapter cannot be folded into its base: "
             f"{' '.join(str(error).split())[:200].rstrip('.')}. Set output.merge: false."
         ) from error
+
+
+def _unloaded(model: Any, **how: bool) -> Any:
+    """The base with its adapter folded in; what is no longer tied in its config is parted.
+
+    Where a layer that was tied is trained whole, peft unties the config and leaves other weights in
+    common: of these a saved model would hold one, and be read for two.
+    """
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    whole = model.merge_and_unload(**how)
+    if not tied or whole.config.tie_word_embeddings:
+        return whole
+    still, seen = set(whole.get_expanded_tied_weights_keys(all_submodels=True)), set()
+    for name, weight in list(whole.named_parameters(remove_duplicate=False)):
+        if id(weight) in seen and name not in still:
+            owner, _, last = name.rpartition(".")
+            copied = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            setattr(whole.get_submodule(owner), last, copied)
+        seen.add(id(weight))
+    return whole
+
+
+def _tied(model: Any) -> str:
+    """The name of an adapted layer whose weights are another's too, or nothing.
+
+    What is folded into the one would change the other. Single tokens are trained in both.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if not _is_adapted(layer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        if any(owners[id(p)] > 1 for p in layer.get_base_layer().parameters()):
+            return str(name).rpartition(".")[2]
+    return ""
 
 
 def _is_adapted(module: Any) -> bool:
@@ -123,7 +166,7 @@ def merged_or_not(loaded: Any) -> Any:
         return loaded  # tokens that are set before a text are no part of any weight
     if hasattr(loaded, "merge_and_unload") and _folds(loaded):
         with contextlib.suppress(NotImplementedError, ValueError):
-            return loaded.merge_and_unload()  # refused, if at all, before any layer is touched
+            return _unloaded(loaded)  # refused, if at all, before any layer is touched
     kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
     launching.warn(
         f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
@@ -137,6 +180,8 @@ def _folds(model: Any) -> bool:
 
     Where folding fails half way, peft leaves some layers folded and others not.
     """
+    if _tied(model):
+        return False
     for layer in [each for each in model.modules() if _is_adapted(each)]:
         kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
         try:
@@ -204,6 +249,8 @@ def _foldable(model: Any) -> list[Any]:
     settings = model.active_peft_config.to_dict()
     kind = getattr(settings["peft_type"], "value", settings["peft_type"])
     if kind in NOT_IN_AND_OUT or not adapters.folds({**settings, "peft_type": kind}):
+        return []
+    if _tied(model):
         return []
     layers: list[Any] = [each for each in model.modules() if _is_adapted(each)]
     for each in layers:

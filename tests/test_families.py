@@ -236,6 +236,20 @@ def test_the_family_is_read_from_the_config(kind: str, fields: dict[str, Any], f
     assert families.family(transformers.AutoConfig.for_model(kind, **fields)) == family
 
 
+def test_a_field_that_the_model_reads_is_known_though_its_config_does_not_declare_it() -> None:
+    def config(kind: str, **fields: Any) -> Any:
+        scratch = recipes.FromScratch(model_type=kind, tokenizer="x", **fields)
+        return configs.config_of(recipes.Model(from_scratch=scratch))
+
+    assert config("deberta-v2", conv_kernel_size=3, position_buckets=16).conv_kernel_size == 3
+    with pytest.raises(errors.ModelError, match="mean 'conv_kernel_size'"):
+        config("deberta-v2", conv_kernel_sise=3)
+    with pytest.raises(errors.ModelError, match="head_dim: GPTNeoXConfig has no such field"):
+        config("gpt_neox", head_dim=32)
+    with pytest.raises(errors.ModelError, match="_name_or_path"):
+        config("llama", _name_or_path="x")
+
+
 def test_a_model_of_no_family_is_refused() -> None:
     with pytest.raises(errors.ModelError, match="neither a causal, a seq2seq nor a masked"):
         families.family(transformers.AutoConfig.for_model("vit"))

@@ -438,3 +438,51 @@ def test_an_adapter_whose_folding_fails_half_way_answers_as_it_did(
     assert len(calls) == 5
     with torch.inference_mode():
         assert torch.equal(made.eval()(input_ids=ids).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_tied_weights_stays_beside_them(layer: str) -> None:
+    torch.manual_seed(1)
+    config = tiny_model("causal").config
+    config.tie_word_embeddings = True
+    fields = {"peft_type": "lora", "r": 4, "target_modules": ["q_proj", layer]}
+    base = transformers.LlamaForCausalLM(config)
+    model = adapters.attach(base, {**fields, "init_lora_weights": False}, base="x", seed=1).eval()
+    ids = torch.arange(3, 30)[None]
+    with torch.inference_mode():
+        wanted = model(input_ids=ids).logits
+        with folding.folded_in(model) as answering:
+            assert torch.equal(answering(input_ids=ids).logits, wanted)
+    with pytest.raises(
+        errors.RecipeError, match=f"output.merge: {layer} has its weights in common"
+    ):
+        folding.refuse_unmergeable(model)
+    assert folding.merged_or_not(model) is model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("family", "whole"), [("masked", ["cls"]), ("causal", ["lm_head"]), ("seq2seq", ["lm_head"])]
+)
+def test_a_tied_layer_trained_whole_is_saved_whole(
+    family: str, whole: list[str], tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    config = model.config
+    config.tie_word_embeddings = True
+    fields = {"peft_type": "lora", "r": 4, "modules_to_save": whole}
+    made = adapters.attach(type(model)(config), fields, base="x", seed=1, family=family).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        ids = {"input_ids": torch.arange(3, 30)[None]}
+        if family == "seq2seq":
+            ids["decoder_input_ids"] = ids["input_ids"]
+        wanted = made(**ids).logits
+        folding.merged(made).save_pretrained(tmp_path / "merged")
+        tiny_tokenizer().save_pretrained(tmp_path / "merged")
+        named = recipes.Model(name=str(tmp_path / "merged"))
+        again = models.load(named, models.placement(named)).eval()
+        assert float((again(**ids).logits - wanted).abs().max()) <= 1e-4

@@ -83,6 +83,35 @@ def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
     assert cli("generate", "--run", "runs/new", "Where is 3?").code == 0
 
 
+@pytest.mark.parametrize("kind", ["lily", "shadow", "prefix_tuning"])
+def test_an_adapter_that_never_folds_is_refused_before_a_row_is_read(
+    kind: str, folder: Path, cli: Cli
+) -> None:
+    (folder / "rows.jsonl").unlink()
+    merged = ("-s", f"adapter={{peft_type: {kind}}}", "-s", "output.merge=true")
+    ended = cli("tune", "-r", "lora.yaml", *merged)
+    assert ended.code == 2, ended.err
+    assert f"output.merge: its adapter ({kind}) cannot be folded into its base" in ended.err
+    saved = {"peft_type": kind.upper(), "base_model_name_or_path": "./model"}
+    (folder / "below").mkdir()
+    (folder / "below/adapter_config.json").write_text(json.dumps(saved))
+    ended = cli("tune", "-r", "lora.yaml", "--fresh", "-s", "model.name=./below")
+    assert ended.code == 2, ended.err
+    assert f"model.name: ./below: its adapter ({kind}) cannot be folded into its" in ended.err
+
+
+@pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
+def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_step(
+    folder: Path, cli: Cli
+) -> None:
+    ended = cli(
+        "tune", "-r", "lora.yaml", "-s", "adapter={peft_type: beft}", "-s", "output.merge=true"
+    )
+    assert ended.code == 2, ended.err
+    assert "output.merge: this adapter cannot be folded into its base: Base layer has" in ended.err
+    assert not Path("runs/lora/log.jsonl").exists()
+
+
 # --- an adapter of the hub ------------------------------------------------------------------
 
 
@@ -170,6 +199,32 @@ def test_what_a_method_needs_and_was_not_given_is_named(folder: Path, cli: Cli) 
     assert "these are not set: " in ended.err
     assert "adapter_len" in ended.err
     assert "adapter_layers" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("modules_to_save: [lm_haed]", "the model has no 'lm_haed'. Did you mean 'lm_head'?"),
+        ("modules_to_save: lm_head", "not a list. Write [lm_head]."),
+        ("trainable_token_indices: [99999]", "does not go with LlamaForCausalLM: index 99999"),
+        ("task_type: SEQ_CLS", "it follows from the model's family"),
+        ("r: four", "does not go with LlamaForCausalLM: '<=' not supported"),
+    ],
+)
+def test_a_field_of_a_method_that_will_not_do_is_told_of(
+    field: str, said: str, folder: Path, cli: Cli
+) -> None:
+    ended = cli("tune", "-r", "lora.yaml", "-s", f"adapter={{peft_type: lora, {field}}}")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert said in ended.err
+    assert "are not set" not in ended.err
+
+
+def test_a_lora_that_wakes_at_a_token_answers_beside_its_base(folder: Path, cli: Cli) -> None:
+    wakes = "adapter={peft_type: lora, r: 4, alora_invocation_tokens: [5]}"
+    assert cli("tune", "-r", "lora.yaml", "-s", wakes).code == 0
+    ended = cli("generate", "--run", "runs/lora", "Where is 3?")
+    assert ended.code == 0, ended.err
 
 
 def test_the_card_names_every_stage_with_its_data(folder: Path, cli: Cli) -> None:

@@ -36,6 +36,8 @@ REFUSED = {
     "MULTITASK_PROMPT_TUNING": "it needs a number for the task of each row. Use prompt_tuning",
 }
 
+# What depends on the text in each layer; peft refuses to fold these only when it is asked to.
+NEVER_FOLDED = {"LILY", "SHADOW"}
 
 # chosen: output rows this near to each other, relatively, were never told apart in training.
 ALIKE = 1e-2
@@ -92,6 +94,15 @@ def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
     fields = inspect.signature(known[kind]).parameters
     _refuse_broken(kind, given)
     errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
+    if isinstance(
+        whole := given.get("modules_to_save"), str
+    ):  # peft would take it letter by letter
+        raise errors.RecipeError(f"adapter.modules_to_save: {whole}: not a list. Write [{whole}].")
+    if "task_type" in given:
+        raise errors.RecipeError(
+            "adapter.task_type: it follows from the model's family. Leave it out; model.family "
+            "says it otherwise."
+        )
     try:
         return known[kind](task_type=peft.TaskType[TASKS[family]], **given)
     except (ValueError, TypeError) as error:
@@ -123,6 +134,7 @@ def attach(
     import peft
 
     wanted = config(_with_head(model, settings), family)
+    _refuse_unmatched(model, wanted)
     model.config.name_or_path = model.name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -131,16 +143,23 @@ def attach(
         ):  # GPT-2's layers have their weights transposed: peft sees it
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
             return peft.get_peft_model(model, wanted, revision=revision)
-    except TypeError as error:  # a field that peft needs and has no default for
-        empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
-        raise errors.RecipeError(
-            f"adapter: does not go with {type(model).__name__} ({' '.join(str(error).split())}). "
-            f"Of its fields these are not set: {', '.join(empty) or 'none'}."
-        ) from error
-    except (ValueError, AttributeError, RuntimeError) as error:
-        raise errors.RecipeError(
-            f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
-        ) from error
+    except (ValueError, AttributeError, RuntimeError, TypeError, IndexError) as error:
+        text = f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, TypeError) and "NoneType" in text:  # peft has no default for it
+            empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
+            text += f". Of its fields these are not set: {', '.join(empty) or 'none'}."
+        raise errors.RecipeError(text) from error
+
+
+def _refuse_unmatched(model: Any, wanted: Any) -> None:
+    """Raise RecipeError for a layer to be trained whole that is none: peft says nothing of it."""
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for asked in getattr(wanted, "modules_to_save", None) or ():
+        if not any(name.endswith(asked) for name in modules):
+            near = sorted({name.rpartition(".")[2] for name in modules if name})
+            raise errors.RecipeError(
+                f"adapter.modules_to_save: the model has no {asked!r}.{errors.nearest(asked, near)}"
+            )
 
 
 def _own_fields(kind: type) -> list[str]:
@@ -239,14 +258,27 @@ def prepends(model: Any) -> bool:
     return settings is not None and bool(settings.is_prompt_learning)
 
 
-def refuse_soft(name: str, settings: Mapping[str, Any] | None) -> None:
-    """Raise RecipeError for a saved adapter of learnt prompts: nothing is tuned on top of those."""
-    import peft
+def refuse_unfoldable(place: str, settings: Mapping[str, Any] | None, so: str) -> None:
+    """Raise RecipeError for an adapter that by its settings alone cannot be folded into any base.
 
-    kind = str((settings or {}).get("peft_type", "")).upper()
-    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
-    if cls is not None and issubclass(cls, peft.PromptLearningConfig):
+    settings: a recipe's section or an adapter_config.json. `so` says what follows, and what to do.
+    """
+    if settings is not None and not folds(settings):
+        kind = str(settings.get("peft_type", "")).lower()
         raise errors.RecipeError(
-            f"model.name: {name}: its adapter cannot be folded into its base, so nothing can be "
-            "tuned on top of it. Name its base."
+            f"{place}: its adapter ({kind}) cannot be folded into its base, so {so}"
         )
+
+
+def folds(settings: Mapping[str, Any]) -> bool:
+    """Whether an adapter may be folded into a base, as far as its settings tell."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    kind = str(settings.get("peft_type", "")).upper()
+    tuners = {str(getattr(k, "value", k)): v for k, v in PEFT_TYPE_TO_TUNER_MAPPING.items()}
+    tuner = tuners.get(kind)
+    if tuner is None:  # unknown: others say so
+        return True
+    # A LoRA that wakes at certain tokens is no part of a weight either.
+    wakes = settings.get("alora_invocation_tokens") is not None
+    return hasattr(tuner, "merge_and_unload") and kind not in NEVER_FOLDED and not wakes

@@ -5,6 +5,8 @@ Needs transformers, not torch.
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +92,30 @@ def _blank_config(scratch: recipes.FromScratch, ids: dict[str, Any]) -> Any:
         )
     fields = dict(scratch.config)
     blank = transformers.AutoConfig.for_model(scratch.model_type)
-    accepted = {*blank.to_dict(), *vars(blank)}
+    accepted = {name for name in (*blank.to_dict(), *vars(blank)) if name[0] != "_"}
+    if not accepted.issuperset(fields):
+        accepted |= _undeclared(blank)
     owner = type(blank).__name__
     errors.refuse_unknown("model.from_scratch", fields, accepted, owner, errors.ModelError)
     try:
         return transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
     except (ValueError, TypeError) as error:
         raise unbuildable(scratch, error) from error
+
+
+def _undeclared(blank: Any) -> set[str]:
+    """The fields that a model's own code asks its config for, which the config does not declare.
+
+    Not `head_dim`: rotary places ask for it in every model, attention in few, so the two may part.
+    """
+    folder = Path(inspect.getfile(type(blank))).parent
+    asked = re.compile(r'getattr\(\s*(?:self\.)?config,\s*"([a-z]\w*)"')
+    return {
+        name
+        for path in folder.glob("modeling_*.py")
+        for name in asked.findall(path.read_text(encoding="utf-8"))
+        if name != "head_dim"
+    }
 
 
 def unbuildable(scratch: recipes.FromScratch, error: Exception) -> errors.ModelError:

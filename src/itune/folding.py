@@ -6,8 +6,10 @@ Needs torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,30 @@ import torch
 
 from itune import adapters, errors, launching
 
-# What peft cannot fold in, or not out again: it says so only half way through.
-NOT_IN_AND_OUT = {"BEFT", "LILY", "OSF", "SHADOW"}
+# What folds in now and then, or not out again: peft says so only half way through.
+NOT_IN_AND_OUT = {"BEFT", "OSF"}
 
 
 def refuse_unmergeable(model: Any) -> None:
-    """Raise RecipeError before a run whose adapter could not be folded into its base after it."""
+    """Raise RecipeError before a run whose adapter could not be folded into its base after it.
+
+    Tried on a copy of one layer of each kind; few bits are passed over, for they are merged as
+    floats.
+    """
+    _refuse_whole(model)
+    if name := _tied(model):
+        raise errors.RecipeError(
+            f"output.merge: {name} has its weights in common with another layer, so an adapter "
+            "cannot be folded into it. Take it out of adapter.target_modules, or set output.merge: "
+            "false."
+        )
+    layers = [each for each in model.modules() if _is_adapted(each) and _is_float(each)]
+    for layer in {_kind(each): each for each in layers}.values():
+        with _told():
+            copy.deepcopy(layer).merge()
+
+
+def _refuse_whole(model: Any) -> None:
     if adapters.prepends(model) or not hasattr(model, "merge_and_unload"):
         raise errors.RecipeError(
             "output.merge: this adapter cannot be folded into its base. Set output.merge: false."
@@ -30,14 +50,73 @@ def refuse_unmergeable(model: Any) -> None:
 
 def merged(model: Any) -> Any:
     """A model with its adapter folded into the base; raises RecipeError where it cannot be."""
-    refuse_unmergeable(model)
+    _refuse_whole(model)
+    with _told():
+        return _unloaded(model, safe_merge=True)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What peft refuses to fold, in our words."""
     try:
-        return model.merge_and_unload(safe_merge=True)
+        yield
     except (NotImplementedError, ValueError) as error:
         raise errors.RecipeError(
             f"output.merge: this adapter cannot be folded into its base: "
-            f"{' '.join(str(error).split())[:200]}. Set output.merge: false."
+            f"{' '.join(str(error).split())[:200].rstrip('.')}. Set output.merge: false."
         ) from error
+
+
+def _unloaded(model: Any, **how: bool) -> Any:
+    """The base with its adapter folded in; what is no longer tied in its config is parted.
+
+    Where a layer that was tied is trained whole, peft unties the config and leaves other weights in
+    common: of these a saved model would hold one, and be read for two.
+    """
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    whole = model.merge_and_unload(**how)
+    if not tied or whole.config.tie_word_embeddings:
+        return whole
+    still, seen = set(whole.get_expanded_tied_weights_keys(all_submodels=True)), set()
+    for name, weight in list(whole.named_parameters(remove_duplicate=False)):
+        if id(weight) in seen and name not in still:
+            owner, _, last = name.rpartition(".")
+            copied = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            setattr(whole.get_submodule(owner), last, copied)
+        seen.add(id(weight))
+    return whole
+
+
+def _tied(model: Any) -> str:
+    """The name of an adapted layer whose weights are another's too, or nothing.
+
+    What is folded into the one would change the other. Single tokens are trained in both.
+    """
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if not _is_adapted(layer) or isinstance(layer, TrainableTokensLayer):
+            continue
+        if any(owners[id(p)] > 1 for p in layer.get_base_layer().parameters()):
+            return str(name).rpartition(".")[2]
+    return ""
+
+
+def _is_adapted(module: Any) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(module, BaseTunerLayer)
+
+
+def _is_float(layer: Any) -> bool:
+    return all(p.is_floating_point() for p in layer.get_base_layer().parameters())
+
+
+def _kind(layer: Any) -> tuple[Any, ...]:
+    """What decides whether a layer's adapter folds: its class, and the parts that its base has."""
+    base = layer.get_base_layer()
+    return (type(layer), type(base), *(name for name, _ in base.named_parameters()))
 
 
 @torch.no_grad()
@@ -87,7 +166,7 @@ def merged_or_not(loaded: Any) -> Any:
         return loaded  # tokens that are set before a text are no part of any weight
     if hasattr(loaded, "merge_and_unload") and _folds(loaded):
         with contextlib.suppress(NotImplementedError, ValueError):
-            return loaded.merge_and_unload()  # refused, if at all, before any layer is touched
+            return _unloaded(loaded)  # refused, if at all, before any layer is touched
     kind = str(getattr(loaded.active_peft_config.peft_type, "value", "")).lower()
     launching.warn(
         f"this adapter ({kind}) cannot be folded into its base, so it stays beside it: the "
@@ -101,9 +180,9 @@ def _folds(model: Any) -> bool:
 
     Where folding fails half way, peft leaves some layers folded and others not.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for layer in [each for each in model.modules() if isinstance(each, BaseTunerLayer)]:
+    if _tied(model):
+        return False
+    for layer in [each for each in model.modules() if _is_adapted(each)]:
         kept = [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()]
         try:
             layer.merge()
@@ -164,18 +243,18 @@ def _foldable(model: Any) -> list[Any]:
     if "peft" not in sys.modules:  # seconds to import, and it made no part of this model
         return []
     import peft
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(model, peft.PeftModel) or not hasattr(model.base_model, "merge_adapter"):
         return []
-    kind = getattr(model.active_peft_config.peft_type, "value", "")
-    if kind in NOT_IN_AND_OUT:
+    settings = model.active_peft_config.to_dict()
+    kind = getattr(settings["peft_type"], "value", settings["peft_type"])
+    if kind in NOT_IN_AND_OUT or not adapters.folds({**settings, "peft_type": kind}):
         return []
-    layers = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
+    if _tied(model):
+        return []
+    layers: list[Any] = [each for each in model.modules() if _is_adapted(each)]
     for each in layers:
         weights = list(each.get_base_layer().parameters())
-        if not hasattr(each, "merge") or each.merged or not weights:
-            return []
-        if not all(p.is_floating_point() for p in weights):
+        if not hasattr(each, "merge") or each.merged or not weights or not _is_float(each):
             return []
     return layers

@@ -112,6 +112,36 @@ def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_step(
     assert not Path("runs/lora/log.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("hidden_size: 17", "llama cannot be built: "),
+        ("hidden_size: wide", "llama cannot be built: "),
+        ("num_key_value_heads: 3", "llama cannot be built: "),
+        ("vocab_size: 7", "model.from_scratch.vocab_size: 7, and by the tokenizer it is 320."),
+    ],
+)
+def test_a_config_that_no_model_follows_from_is_told_of(
+    field: str, said: str, folder: Path, cli: Cli
+) -> None:
+    scratch = "model_type: llama, tokenizer: ./model, hidden_size: 16, intermediate_size: 16"
+    heads = "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2"
+    given = dict(each.split(": ") for each in f"{scratch}, {heads}, {field}".split(", "))
+    fields = ", ".join(f"{key}: {value}" for key, value in given.items())
+    Path("new.yaml").write_text(ALL.replace("{name: ./model}", f"{{from_scratch: {{{fields}}}}}"))
+    ended = cli("tune", "-r", "new.yaml")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert f"model.from_scratch{'.' if 'vocab' in field else ':'}" in ended.err
+    assert said in ended.err
+
+
+def test_shares_of_hidden_tokens_are_at_most_all_of_them(folder: Path, cli: Cli) -> None:
+    ended = cli("tune", "-r", "all.yaml", "-s", "training.random_replace_prob=0.3")
+    assert ended.code == 2, ended.err
+    assert "training.random_replace_prob" in ended.err
+    assert "0.3 and mask_replace_prob, 0.8, are shares of the same tokens" in ended.err
+
+
 # --- an adapter of the hub ------------------------------------------------------------------
 
 

@@ -135,6 +135,17 @@ def test_a_config_that_no_model_follows_from_is_told_of(
     assert said in ended.err
 
 
+def test_an_adapter_whose_base_is_gone_says_where_the_whole_model_is(
+    folder: Path, cli: Cli
+) -> None:
+    assert cli("tune", "-r", "lora.yaml", "-s", "output.merge=true").code == 0
+    shutil.rmtree("model")
+    for name in ("runs/lora", "runs/lora/model"):
+        ended = cli("generate", "--model", name, "Where is 3?")
+        assert ended.code == 2, ended.err
+        assert "Name the whole model instead, runs/lora/merged, or put a copy" in ended.err
+
+
 def test_shares_of_hidden_tokens_are_at_most_all_of_them(folder: Path, cli: Cli) -> None:
     ended = cli("tune", "-r", "all.yaml", "-s", "training.random_replace_prob=0.3")
     assert ended.code == 2, ended.err
@@ -237,6 +248,8 @@ def test_what_a_method_needs_and_was_not_given_is_named(folder: Path, cli: Cli) 
         ("modules_to_save: [lm_haed]", "the model has no 'lm_haed'. Did you mean 'lm_head'?"),
         ("modules_to_save: lm_head", "not a list. Write [lm_head]."),
         ("trainable_token_indices: [99999]", "does not go with LlamaForCausalLM: index 99999"),
+        ("trainable_token_indices: [1, -1]", "expected a list of token numbers"),
+        ("trainable_token_indices: 5", "expected a list of token numbers"),
         ("task_type: SEQ_CLS", "it follows from the model's family"),
         ("r: four", "does not go with LlamaForCausalLM: '<=' not supported"),
     ],

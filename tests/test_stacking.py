@@ -112,6 +112,47 @@ def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_step(
     assert not Path("runs/lora/log.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("hidden_size: 17", "llama cannot be built: "),
+        ("hidden_size: wide", "llama cannot be built: "),
+        ("num_key_value_heads: 3", "llama cannot be built: "),
+        ("vocab_size: 7", "model.from_scratch.vocab_size: 7, and by the tokenizer it is 320."),
+    ],
+)
+def test_a_config_that_no_model_follows_from_is_told_of(
+    field: str, said: str, folder: Path, cli: Cli
+) -> None:
+    scratch = "model_type: llama, tokenizer: ./model, hidden_size: 16, intermediate_size: 16"
+    heads = "num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2"
+    given = dict(each.split(": ") for each in f"{scratch}, {heads}, {field}".split(", "))
+    fields = ", ".join(f"{key}: {value}" for key, value in given.items())
+    Path("new.yaml").write_text(ALL.replace("{name: ./model}", f"{{from_scratch: {{{fields}}}}}"))
+    ended = cli("tune", "-r", "new.yaml")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert f"model.from_scratch{'.' if 'vocab' in field else ':'}" in ended.err
+    assert said in ended.err
+
+
+def test_an_adapter_whose_base_is_gone_says_where_the_whole_model_is(
+    folder: Path, cli: Cli
+) -> None:
+    assert cli("tune", "-r", "lora.yaml", "-s", "output.merge=true").code == 0
+    shutil.rmtree("model")
+    for name in ("runs/lora", "runs/lora/model"):
+        ended = cli("generate", "--model", name, "Where is 3?")
+        assert ended.code == 2, ended.err
+        assert "Name the whole model instead, runs/lora/merged, or put a copy" in ended.err
+
+
+def test_shares_of_hidden_tokens_are_at_most_all_of_them(folder: Path, cli: Cli) -> None:
+    ended = cli("tune", "-r", "all.yaml", "-s", "training.random_replace_prob=0.3")
+    assert ended.code == 2, ended.err
+    assert "training.random_replace_prob" in ended.err
+    assert "0.3 and mask_replace_prob, 0.8, are shares of the same tokens" in ended.err
+
+
 # --- an adapter of the hub ------------------------------------------------------------------
 
 
@@ -207,6 +248,8 @@ def test_what_a_method_needs_and_was_not_given_is_named(folder: Path, cli: Cli) 
         ("modules_to_save: [lm_haed]", "the model has no 'lm_haed'. Did you mean 'lm_head'?"),
         ("modules_to_save: lm_head", "not a list. Write [lm_head]."),
         ("trainable_token_indices: [99999]", "does not go with LlamaForCausalLM: index 99999"),
+        ("trainable_token_indices: [1, -1]", "expected a list of token numbers"),
+        ("trainable_token_indices: 5", "expected a list of token numbers"),
         ("task_type: SEQ_CLS", "it follows from the model's family"),
         ("r: four", "does not go with LlamaForCausalLM: '<=' not supported"),
     ],

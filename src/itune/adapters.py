@@ -152,13 +152,26 @@ def attach(
 
 
 def _refuse_unmatched(model: Any, wanted: Any) -> None:
-    """Raise RecipeError for a layer to be trained whole that is none: peft says nothing of it."""
+    """Raise RecipeError for a layer to be trained whole that is none, or for such a token.
+
+    peft says nothing of the first, and counts the second from the end, in training alone.
+    """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for asked in getattr(wanted, "modules_to_save", None) or ():
         if not any(name.endswith(asked) for name in modules):
             near = sorted({name.rpartition(".")[2] for name in modules if name})
             raise errors.RecipeError(
                 f"adapter.modules_to_save: the model has no {asked!r}.{errors.nearest(asked, near)}"
+            )
+    for field in ("trainable_token_indices", "token_indices"):
+        given = getattr(wanted, field, None)
+        groups = given.values() if isinstance(given, Mapping) else [given or []]
+        if not all(
+            isinstance(ids, list) and all(isinstance(each, int) and each >= 0 for each in ids)
+            for ids in groups
+        ):
+            raise errors.RecipeError(
+                f"adapter.{field}: {given}: expected a list of token numbers from 0, as [2]."
             )
 
 

@@ -138,6 +138,17 @@ def _check_training(document: yamls.Document) -> None:
             ("training", "micro_batch_tokens"),
             f"{micro} is more than tokens_per_step, {tokens}. Lower it or leave it out.",
         )
+    masked, other = (training.get(name) for name in ("mask_replace_prob", "random_replace_prob"))
+    masked, other = 0.8 if masked is None else masked, 0.1 if other is None else other
+    if (
+        all(isinstance(share, int | float) for share in (masked, other))
+        and masked + other > 1 + 1e-9
+    ):
+        document.fault(
+            ("training", "random_replace_prob"),
+            f"{other} and mask_replace_prob, {masked}, are shares of the same tokens, and more "
+            "than all of them. Lower one.",
+        )
     if training.get("save_steps") == "auto" and not _section(document, "launch").get("mtbf_hours"):
         document.fault(
             ("training", "save_steps"),

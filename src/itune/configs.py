@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from itune import (
     data,
@@ -57,7 +58,14 @@ def family_of(wanted: recipes.Model) -> str:
 
 def blank_config(scratch: recipes.FromScratch, loaded: Any) -> Any:
     """The config of a model from scratch with the ids of its tokenizer. Raises ModelError."""
-    return _blank_config(scratch, _ids(scratch, loaded))
+    ids = _ids(scratch, loaded)
+    for name, value in scratch.config.items():
+        if name in ids and value != ids[name]:
+            raise errors.ModelError(
+                f"model.from_scratch.{name}: {value}, and by the tokenizer it is {ids[name]}. "
+                "Leave it out."
+            )
+    return _blank_config(scratch, ids)
 
 
 def _ids(scratch: recipes.FromScratch, loaded: Any) -> dict[str, Any]:
@@ -99,7 +107,7 @@ def _blank_config(scratch: recipes.FromScratch, ids: dict[str, Any]) -> Any:
     errors.refuse_unknown("model.from_scratch", fields, accepted, owner, errors.ModelError)
     try:
         return transformers.AutoConfig.for_model(scratch.model_type, **{**fields, **ids})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         raise unbuildable(scratch, error) from error
 
 

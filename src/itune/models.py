@@ -236,6 +236,7 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
         kind = families.chosen(wanted.family, config)
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
+        _compute(model, kind)
     except (ValueError, TypeError, RuntimeError) as error:
         raise configs.unbuildable(scratch, error) from error
     if scratch.embedding_std is not None:
@@ -244,6 +245,18 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
         with torch.no_grad():
             table.copy_(torch.randn(table.shape, generator=draw) * scratch.embedding_std)
     return model.to(place.device)
+
+
+@torch.no_grad()
+def _compute(model: Any, kind: str) -> None:
+    """One token through a new model: what does not go together in a config shows only then."""
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    training = model.training
+    given = {"input_ids": ids}
+    if kind == families.SEQ2SEQ:
+        given["decoder_input_ids"] = ids
+    model.eval()(**given)
+    model.train(training)
 
 
 def check_fits(model: Any, corpus: data.Corpus, max_length: int) -> None:

@@ -72,10 +72,14 @@ def refuse_absent_base(name: str, base: str) -> None:
     try:
         validate_repo_id(base)
     except HFValidationError as error:
+        cure = f"where it was pushed with output.merge: true ({name}-merged)"
+        for run in (Path(name), Path(name).parent):  # a run, or the adapter in one
+            if (run / "merged").is_dir():
+                cure = str(run / "merged")
+                break
         raise errors.ModelError(
             f"{name}: an adapter for {errors.shown(base)}, which is on no hub and not here. Name "
-            f"the whole model instead, where it was pushed with output.merge: true "
-            f"({name}-merged), or put a copy of that base there."
+            f"the whole model instead, {cure}, or put a copy of that base there."
         ) from error
 
 

@@ -56,6 +56,7 @@ ORDER = (
     "collecting",
     "spreading",
     "preparing",
+    "tallies",
     "joining",
     "data",
     "canaries",

@@ -94,9 +94,8 @@ def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
     fields = inspect.signature(known[kind]).parameters
     _refuse_broken(kind, given)
     errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
-    if isinstance(
-        whole := given.get("modules_to_save"), str
-    ):  # peft would take it letter by letter
+    whole = given.get("modules_to_save")
+    if isinstance(whole, str):  # peft would take it letter by letter
         raise errors.RecipeError(f"adapter.modules_to_save: {whole}: not a list. Write [{whole}].")
     if "task_type" in given:
         raise errors.RecipeError(

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from itune import (
-    cache,
     cases,
     encoding,
-    errors,
     formats,
     joining,
     orders,
     preparing,
     recipes,
     sources,
+    tallies,
     templates,
 )
 from itune.cases import Case as Case
@@ -29,46 +28,6 @@ from itune.cases import is_text as is_text
 from itune.cases import tasks as tasks
 from itune.preparing import Encoded as Encoded
 from itune.sources import load as load
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What became of the rows: how many, how many tokens, how many of them are learnt.
-
-    `read` = `rows` (kept) + `dropped` + `empty`. Of those dropped, `too_long` do not fit with
-    their answer whole, the others have nothing to learn. `duplicated` rows say what an earlier
-    one says; they are kept. `guarded` examples hold control strings of the model, kept as text;
-    `allowed` ones hold control tokens in answers, as their source allows.
-    """
-
-    rows: int
-    tokens: int
-    supervised: int
-    truncated: int
-    dropped: int
-    read: int = 0
-    too_long: int = 0
-    empty: int = 0
-    duplicated: int = 0
-    guarded: int = 0
-    allowed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What became of a source. `rows`: a digest that changes when the rows do; `template`: one of
-    what is made of them. `held`: control strings that answers hold as text though they could be
-    allowed, and in how many examples each.
-    """
-
-    path: str
-    read_as: str
-    commit: str | None
-    counts: Counts
-    rows: str = ""
-    notes: tuple[str, ...] = ()
-    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +54,7 @@ class Corpus:
     dropped: int
     learnt: np.ndarray | None = None
     top: int | None = None
-    reports: tuple[Report, ...] = ()
+    reports: tuple[tallies.Report, ...] = ()
     duplicated: int = 0
     plain: tuple[bool, ...] = ()
     taken: tuple[np.ndarray | None, ...] = ()
@@ -135,7 +94,7 @@ class Corpus:
         return int(self.ids.max()) if self.top is None else self.top
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> tallies.Counts:
         """What became of the rows."""
         rows = self._rows
         kept = int((rows[1:] != rows[:-1]).sum()) + 1 if len(self) else 0
@@ -143,7 +102,7 @@ class Corpus:
             name: sum(getattr(report.counts, name) for report in self.reports)
             for name in ("too_long", "empty", "guarded", "allowed")
         }
-        return Counts(
+        return tallies.Counts(
             rows=kept,
             tokens=int(self.starts[-1]),
             supervised=int(self.targets.sum()),
@@ -154,7 +113,7 @@ class Corpus:
             **sums,
         )
 
-    def an_epoch(self, seed: int) -> Counts:
+    def an_epoch(self, seed: int) -> tallies.Counts:
         """The counts of what one epoch sees, each row in the wordings of its visits."""
         order = self.epoch(0, seed)
         return dataclasses.replace(
@@ -248,7 +207,7 @@ def corpus(
     for source in given:
         n_visits = None if visits is None else math.ceil(visits * math.ceil(source.weight))
         part = preparing.prepared(source, encoder, training, visits=n_visits, command=command)
-        _refuse_loss(part, training, max_dropped)
+        tallies.refuse_loss(part, training, max_dropped)
         parts.append(part)
     lengths = np.concatenate([part.column("length") for part in parts])
     keys = np.concatenate([part.column("keys", "uint64") for part in parts])
@@ -264,92 +223,13 @@ def corpus(
         truncated=np.concatenate([part.column("truncated") for part in parts]),
         sources=tuple(given),
         wordings=tuple(part.reading.wordings for part in parts),
-        dropped=sum(_dropped(part) for part in parts),
+        dropped=sum(tallies.dropped(part) for part in parts),
         learnt=np.concatenate([part.column("targets") for part in parts]).astype(np.int64),
         top=max(part.known["highest"] for part in parts),
-        reports=tuple(_report(part) for part in parts),
-        duplicated=_repeats(keys) - sum(max(0, part.known["empty"] - 1) for part in parts),
+        reports=tuple(tallies.report(part) for part in parts),
+        duplicated=tallies.repeats(keys) - sum(max(0, part.known["empty"] - 1) for part in parts),
         plain=tuple(part.reading.is_text for part in parts),
         taken=tuple(part.rows.taken for part in parts),
-    )
-
-
-def _repeats(keys: np.ndarray) -> int:
-    ordered = np.sort(keys)
-    return int((ordered[1:] == ordered[:-1]).sum())
-
-
-def _dropped(part: preparing.Part) -> int:
-    return int(part.known["read"] - part.known["kept"] - part.known["empty"])
-
-
-def _report(part: preparing.Part) -> Report:
-    known, keys = part.known, part.column("keys", "uint64")
-    return Report(
-        path=part.rows.source.path,
-        read_as=part.reading.told or f"template {part.reading.task.name}",
-        commit=part.rows.commit,
-        counts=Counts(
-            rows=known["kept"],
-            tokens=known["tokens"],
-            supervised=int(part.column("targets").sum()),
-            truncated=int(part.column("truncated").sum()),
-            dropped=_dropped(part),
-            duplicated=_repeats(keys) - max(0, known["empty"] - 1),
-            **{name: known[name] for name in ("read", "too_long", "empty", "guarded", "allowed")},
-        ),
-        rows=cache.fingerprint(part.rows.identity)[:32],
-        notes=(*part.rows.notes, *_turned(known)),
-        held=known["held"],
-        template=_template(part.reading.template),
-    )
-
-
-def _template(template: templates.Template | None) -> str:
-    """The digest of all of a template that decides what a row becomes; "" where there is none."""
-    if template is None:
-        return ""
-    return cache.fingerprint(template.model_dump(mode="json", exclude={"metrics"}))[:32]
-
-
-def _turned(known: dict[str, Any]) -> Iterator[str]:
-    if known["turned"]:
-        yield (
-            f"{known['turned_at']} shows text in another order than the model reads it; "
-            f"{known['turned']:,} such row{'s' * (known['turned'] > 1)}. Look at what it hides."
-        )
-
-
-def _refuse_loss(
-    part: preparing.Part, training: recipes.Training, max_dropped: float | None
-) -> None:
-    known, path = part.known, part.rows.source.path
-    dropped = _dropped(part)
-    if known["kept"] and (max_dropped is None or dropped <= max_dropped * known["read"]):
-        return
-    low, middle, most, longest = known["lengths"]
-    cure = (
-        f"Their lengths in tokens: {low} (5%), {middle} (half), {most} (95%), {longest} (longest). "
-        f"training.max_length: {most} keeps 95% of them whole"
-    )
-    if known["kept"]:
-        raise errors.DataError(
-            f"{path}: {dropped:,} of {known['read']:,} rows would be left out, more than "
-            f"data.max_dropped ({max_dropped:g}): {known['too_long']:,} do not fit "
-            f"training.max_length ({training.max_length}) with their answer whole, "
-            f"{dropped - known['too_long']:,} have nothing to learn. {cure}; or set "
-            "data.max_dropped."
-        )
-    if not dropped:
-        raise errors.DataError(f"{path}: 0 rows, all {known['read']:,} are empty.")
-    if not known["too_long"]:
-        raise errors.DataError(
-            f"{path}: none of its {known['read']:,} rows has anything to learn: the answers are "
-            "empty. Check the template."
-        )
-    raise errors.DataError(
-        f"{path}: none of its {known['read']:,} rows fits training.max_length "
-        f"({training.max_length} tokens) with its answer whole. {cure}."
     )
 
 

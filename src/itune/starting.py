@@ -30,6 +30,7 @@ from itune import (
     recipes,
     runs,
     samples,
+    tallies,
 )
 
 Say = Callable[[str], None]
@@ -104,7 +105,7 @@ def _refuse_other_rows(run: runs.Run, corpus: data.Corpus, heldout: data.Corpus 
                 _refuse_another(old, new)
 
 
-def _refuse_another(old: Mapping[str, Any], new: data.Report) -> None:
+def _refuse_another(old: Mapping[str, Any], new: tallies.Report) -> None:
     if old["rows"] != new.rows:
         raise errors.DataError(
             f"{new.path}: its rows have changed since this run began ({old['rows'][:12]} then, "

@@ -99,12 +99,17 @@ def kept_in(run: str, name: str = "with-b-*") -> Path:
 # --- by hand --------------------------------------------------------------------------------
 
 
+def loaded(run: str, kind: Any) -> tuple[Any, Any]:
+    """A run's model and tokenizer as transformers alone reads them."""
+    location = f"{run}/model"
+    model = kind.from_pretrained(location).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(location)
+
+
 @torch.inference_mode()
 def causal(run: str, prompts: list[str]) -> np.ndarray:
     """The log-likelihood of each choice and its stop token by plain transformers."""
-    location = f"{run}/model"
-    model = transformers.AutoModelForCausalLM.from_pretrained(location).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(location)
+    model, tokenizer = loaded(run, transformers.AutoModelForCausalLM)
     sums = np.zeros((len(prompts), len(CHOICES)))
     for i, prompt in enumerate(prompts):
         turns = [{"role": "user", "content": prompt}]
@@ -120,10 +125,8 @@ def causal(run: str, prompts: list[str]) -> np.ndarray:
 @torch.inference_mode()
 def masked(run: str, prompts: list[str]) -> np.ndarray:
     """The mean log-likelihood of each choice's tokens at the masks."""
-    location = f"{run}/model"
-    model = transformers.AutoModelForMaskedLM.from_pretrained(location).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-    encoder = configs.encoder(recipes.Model(name=location)).answering(CHOICES)
+    model, tokenizer = loaded(run, transformers.AutoModelForMaskedLM)
+    encoder = configs.encoder(recipes.Model(name=f"{run}/model")).answering(CHOICES)
     answers = [tokenizer(f" {each}", add_special_tokens=False)["input_ids"] for each in CHOICES]
     sums = np.zeros((len(prompts), len(CHOICES)))
     for i, prompt in enumerate(prompts):
@@ -137,10 +140,8 @@ def masked(run: str, prompts: list[str]) -> np.ndarray:
 @torch.inference_mode()
 def seq2seq(run: str, prompts: list[str]) -> np.ndarray:
     """The log-likelihood of each choice and its stop token, as the decoder writes it."""
-    location = f"{run}/model"
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(location).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(location)
-    encoder = configs.encoder(recipes.Model(name=location))
+    model, tokenizer = loaded(run, transformers.AutoModelForSeq2SeqLM)
+    encoder = configs.encoder(recipes.Model(name=f"{run}/model"))
     sums = np.zeros((len(prompts), len(CHOICES)))
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([encoder.prompt([Message("user", prompt)])])

@@ -138,11 +138,12 @@ def _opened(
 
 def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:
     """Train, and have run.json say how it ended."""
-    from itune import tuning
-
-    still()
     state = "failed"
     try:
+        _refuse_missing(recipe)
+        from itune import tuning
+
+        still()
         tuning.tune(recipe, run, screen)
     except errors.Diverged:
         state = "diverged"
@@ -157,6 +158,15 @@ def _watched(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> N
                 run.update(state=state)
             if state != "failed":
                 _report(run, screen)
+
+
+def _refuse_missing(recipe: recipes.Recipe) -> None:
+    """Refuse files that are not there at once: torch takes seconds to load."""
+    from itune import locating, sources
+
+    if recipe.model.name is not None:
+        locating.local(recipe.model.name)
+    sources.refuse_missing([*recipe.data.train, *recipe.data.eval])
 
 
 def _report(run: runs.Run, screen: console.Screen) -> None:

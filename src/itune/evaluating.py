@@ -87,6 +87,9 @@ def _of_model(
     others: Sequence[runs.Run],
     engine: engines.Engine | None,
 ) -> dict[str, Any]:
+    from itune import sources
+
+    sources.refuse_missing(recipe.data.eval)
     from itune import answering, judging
 
     commands.still()

@@ -37,7 +37,7 @@ def fetched(source: recipes.Source, split: str) -> Fetched:
     """
     import datasets
 
-    _refuse_name(source)
+    refuse_name(source)
     offline = bool(datasets.config.HF_HUB_OFFLINE)
     commit, silence = _asked(source.path, source.revision, datasets.config.HF_ENDPOINT, offline)
     if silence is None:
@@ -50,7 +50,7 @@ def fetched(source: recipes.Source, split: str) -> Fetched:
     return Fetched(_of_folder(source, split, folder), folder.name, () if offline else (note,))
 
 
-def _refuse_name(source: recipes.Source) -> None:
+def refuse_name(source: recipes.Source) -> None:
     """Raise DataError for a path that leads to nothing here and cannot be of the hub."""
     path = Path(source.path).expanduser()
     if path.is_symlink():

@@ -15,6 +15,20 @@ def resolve(name: str, revision: str | None = None) -> str:
     An adapter of the hub is fetched, so that it is a folder as any other: there its base is found.
     Raises ModelError for a path that is not there or holds no model.
     """
+    if (found := local(name)) is not None:
+        return found
+    fetched = from_library(name, lambda: origins.fetched_adapter(name, revision))
+    if fetched is None:
+        return name
+    weights.check(fetched)
+    return str(fetched)
+
+
+def local(name: str) -> str | None:
+    """The folder here that a recipe's `model.name` means; None where it is a name of the hub.
+
+    Raises ModelError for a path that is not there or holds no model.
+    """
     path = Path(name).expanduser()
     if (path / "run.json").is_file():
         if not (path / "model").is_dir():
@@ -38,11 +52,7 @@ def resolve(name: str, revision: str | None = None) -> str:
         raise errors.ModelError(
             f"{name}: no such folder, in {Path.cwd()}.{errors.nearest(path.name, near)}"
         )
-    fetched = from_library(name, lambda: origins.fetched_adapter(name, revision))
-    if fetched is None:
-        return name
-    weights.check(fetched)
-    return str(fetched)
+    return None
 
 
 # What the libraries raise for files that are not what they take them for: peft and torch

@@ -72,6 +72,16 @@ class Rows:
         return f"{self.lines[found[0]][0]}:{found[1]}"
 
 
+def refuse_missing(given: Sequence[recipes.Source]) -> None:
+    """Raise DataError for a path that leads to nothing here and cannot be of the hub.
+
+    `read` would say the same, after all that is loaded before it.
+    """
+    for source in given:
+        if not Path(source.path).expanduser().exists() and not glob.has_magic(source.path):
+            fetching.refuse_name(source)
+
+
 def load(source: recipes.Source) -> datasets.Dataset:
     """The rows of a source, as a `datasets.Dataset`; see `read`."""
     return read(source.model_copy(update={"streaming": False})).data

@@ -189,13 +189,14 @@ def test_it_is_refused_before_a_row_is_read(
     recipe = {
         "model": {"name": str(tiny_model_dir)},
         "adapter": {"peft_type": "xlora"},
-        "data": {"train": {"path": "nowhere.jsonl"}},
+        "data": {"train": {"path": "broken.jsonl"}},
     }
     Path("tune.yaml").write_text(json.dumps(recipe))
+    Path("broken.jsonl").write_text("no row\n")
     ended = cli("tune", "-r", "tune.yaml")
     assert ended.code == 2
     assert "adapter.peft_type: xlora" in ended.err
-    assert "nowhere" not in ended.err
+    assert "broken" not in ended.err
 
 
 @pytest.mark.parametrize("family", FAMILIES)

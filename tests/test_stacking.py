@@ -87,7 +87,7 @@ def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
 def test_an_adapter_that_never_folds_is_refused_before_a_row_is_read(
     kind: str, folder: Path, cli: Cli
 ) -> None:
-    (folder / "rows.jsonl").unlink()
+    (folder / "rows.jsonl").write_text("no row\n")
     merged = ("-s", f"adapter={{peft_type: {kind}}}", "-s", "output.merge=true")
     ended = cli("tune", "-r", "lora.yaml", *merged)
     assert ended.code == 2, ended.err

@@ -69,6 +69,7 @@ ORDER = (
     "attention",
     "quantization",
     "probing",
+    "phrases",
     "vocabularies",
     "weights",
     "locating",

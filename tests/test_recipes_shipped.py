@@ -19,6 +19,7 @@ Row = dict[str, Any]
 ROWS: dict[str, tuple[Row, str, list[str]]] = {
     "sentiment": ({"text": "A fine film.", "label": 1}, "positive", ["positive"]),
     "review": ({"text": "A fine film.", "label": 1}, "positive", ["positive"]),
+    "review-beginning": ({"text": "A fine film.", "label": 1}, "positive", ["positive"]),
     "squad": (
         {
             "context": "Ada lived in London.",

@@ -170,8 +170,9 @@ def asked_tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str =
     kept = None if run is None else run.dir / "tokenizer"
     if kept is not None and kept.is_dir():
         return tokenizer(str(kept), kind=kind)
-    texts = data.texts(recipe.data.train, command)
-    made = vocabularies.train(scratch.tokenizer, texts, kind)
+    made = vocabularies.train(
+        scratch.tokenizer, lambda: data.texts(recipe.data.train, command), kind
+    )
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)

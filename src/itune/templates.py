@@ -8,7 +8,6 @@ not write more than 1 MB a row.
 from __future__ import annotations
 
 import functools
-import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import jinja2.meta
 import jinja2.nodes
 import pydantic
 
-from itune import errors, records, sandbox, yamls
+from itune import errors, expressions, records, sandbox, yamls
 from itune.records import Text
 
 Task = Literal["classification", "qa", "translation", "summarization", "generation", "chat"]
@@ -34,61 +33,9 @@ LOADERS = {
 }
 
 
-class _Choices(tuple[str, ...]):
-    """The choices, which a label may not count from the end: -1 is no label."""
-
-    def __getitem__(self, label: Any) -> Any:
-        if isinstance(label, slice):
-            return super().__getitem__(label)
-        try:
-            index = operator.index(label)
-        except TypeError:
-            advice = " Write choices[label | int]" if isinstance(label, str) else ""
-            raise sandbox.Refused(
-                f"label {errors.shown(label)} is not a whole number.{advice}"
-            ) from None
-        if not 0 <= index < len(self):
-            raise sandbox.Refused(
-                f"label {index} is out of range: {len(self)} choices have the labels 0 to "
-                f"{len(self) - 1}"
-            )
-        return super().__getitem__(index)
-
-
-class _Environment(sandbox.Environment):
-    """The sandbox, where what is missing, empty or no text is refused."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
-        )
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """`answers.items` is the field called items where there is one, not the dict's method."""
-        if isinstance(obj, Mapping) and attribute in obj:
-            return obj[attribute]
-        return super().getattr(obj, attribute)
-
-
-def _printable(value: Any) -> Any:
-    """What `{{ }}` may print: Python's words for nothing or for a list are in no one's data."""
-    if type(value) is str:
-        sandbox.BUDGET.spend(0, len(value))
-        return value
-    if value is None:
-        raise sandbox.Refused("an expression is empty (null)")
-    if callable(value) and not isinstance(value, jinja2.Undefined):
-        raise sandbox.Refused("an expression is a function. Add its brackets")
-    if isinstance(value, dict | list | tuple | set | bytes):
-        raise sandbox.Refused(
-            f"an expression is {errors.shown(value)}, not text. Take one, or | join"
-        )
-    return value
-
-
 @functools.lru_cache(maxsize=1)
-def _environment() -> _Environment:
-    return _Environment()
+def _environment() -> expressions.Environment:
+    return expressions.Environment()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -185,7 +132,7 @@ class Template(records.Record):
 
     def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
         given = {**row, **self.values}
-        return {**given, "choices": _Choices(self.choices)} if self.choices else given
+        return {**given, "choices": expressions.Choices(self.choices)} if self.choices else given
 
     def _render(self, source: str, key: str, row: Mapping[str, Any]) -> str:
         parts: list[str] = []

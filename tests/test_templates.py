@@ -229,6 +229,50 @@ def test_an_answer_that_is_no_choice_is_told() -> None:
         template.answer({"text": "x", "label": "good"})
 
 
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ("Positive", "Did you mean 'positive'? Mend the rows, or add it to choices (x.yaml:2)."),
+        ("mixed", "none of negative, positive. Mend the rows, or add it to choices (x.yaml:2)."),
+        (
+            "positive ",
+            "'positive ' is none of negative, positive. Take the blanks off: {{ ... | trim",
+        ),
+        ("1", "'1' is none of negative, positive. A number from 0 is written {{ choices[LABEL |"),
+        ("7", "'7' is none of negative, positive. Mend the rows"),
+    ],
+)
+def test_an_answer_that_is_no_choice_is_told_with_its_cure(label: str, told: str) -> None:
+    template = templates.loads(CLASSES.replace("{{ choices[label] }}", "{{ label }}"), "x.yaml")
+    with pytest.raises(errors.DataError) as caught:
+        template.answer({"text": "x", "label": label})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told", "cure"),
+    [
+        (["Text ", "output"], "It has 'Text ', output.", "rename: {'Text ': text}"),
+        (["Text (new)", "x"], "Did you mean 'Text (new)'?", "rename: {'Text (new)': text}"),
+        (["a", "b"], "It has a, b.", "rename: {THE COLUMN: text}"),
+        (["only", "output"], "It has only, output.", "rename: {only: text}"),
+    ],
+)
+def test_a_missing_column_is_told_with_the_line_to_write(
+    columns: list[str], told: str, cure: str
+) -> None:
+    with pytest.raises(templates.MissingColumn) as caught:
+        made().prompt(dict.fromkeys(columns, "x"), 0)
+    assert told in str(caught.value)
+    assert caught.value.cure == f" Write {cure} beside template in the recipe."
+
+
+@pytest.mark.parametrize("prompt", ["{{ Guest wrote }}", "{{ done? }}"])
+def test_a_column_s_name_that_is_no_jinja_is_told_with_its_cure(prompt: str) -> None:
+    with pytest.raises(errors.TemplateError, match=r"letters, digits and _ alone.*rename"):
+        made(prompt)
+
+
 def test_an_empty_answer_is_told() -> None:
     with pytest.raises(errors.DataError, match="response: the text is empty"):
         made().answer({"output": " \n"})

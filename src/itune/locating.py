@@ -45,8 +45,8 @@ def local(name: str) -> str | None:
             )
         weights.check(str(path))
         return str(path)
-    looks_like_path = name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1
-    looks_like_path = looks_like_path or path.suffix
+    starts = (".", "/", "~", "runs/")
+    looks_like_path = name.startswith(starts) or name.count("/") > 1 or path.suffix
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = [other.name for other in beside if _holds_model(other)]

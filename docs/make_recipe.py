@@ -130,7 +130,8 @@ and in a sandbox:
   never an empty text. `{{ answers.text[0] }}` looks into it. A list is no text: take one of it, or
   `join`.
 * `{% if input %}...{% endif %}` and `{% for line in history %}...{% endfor %}` work, the tests
-  `is string`, `is odd`, ... too. `{{ form | default('poem') }}` stands in for a missing column.
+  `is string`, `is odd`, ... too. `{{ form | default('poem') }}` stands in for a missing column, and
+  `default('poem', true)` for an empty cell too.
 * `choices[label]` is the answer of a numbered label, from 0. A label that is the answer's text
   already is written `{{ team }}`; it has to be one of `choices`.
 * No other file is read, no private name, and a text takes at most two seconds and a million

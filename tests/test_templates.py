@@ -162,11 +162,55 @@ def test_a_column_that_is_null_is_told_by_name() -> None:
 
 
 @pytest.mark.parametrize(
+    "expression",
+    [
+        *("text | lower", "text | trim", "text | string", "text | replace('a', 'b')", "text | e"),
+        *("text | int", "text | float", "text | list", "text | first", "text | map('lower')"),
+        *("text | join(', ')", "[output, text] | join(', ')", "output ~ text", "text ~ ''"),
+        "pairs | join(', ', attribute='n')",
+    ],
+)
+def test_an_empty_cell_is_nowhere_the_word_none(expression: str) -> None:
+    row = {"text": None, "output": "Yes.", "pairs": [{"n": None}]}
+    assert "is empty (null)" in refused(made(f"{{{{ {expression} }}}}"), row)
+
+
+@pytest.mark.parametrize(
+    ("expression", "told"),
+    [
+        ("text | int", "'A fine film.' is no number, and | int needs one"),
+        ("text | float + 1", "'A fine film.' is no number, and | float needs one"),
+        ("answers | lower", "an expression is a mapping of 2 keys, not text"),
+        ("answers.text ~ '.'", "an expression is a list of 2, not text"),
+    ],
+)
+def test_a_filter_makes_no_answer_out_of_what_is_none(expression: str, told: str) -> None:
+    assert told in refused(made(f"{{{{ {expression} }}}}"), ROW)
+
+
+@pytest.mark.parametrize(
+    ("expression", "text"),
+    [
+        ("text | default('none', true)", "none"),
+        ("'x' if text is none else text", "x"),
+        ("text | int(7)", "7"),
+        ("'2.0' | int ~ '|' ~ '1' | float", "2|1.0"),
+        ("text | tojson", "null"),
+        ("'ab' | upper", "AB"),
+    ],
+)
+def test_what_stands_for_an_empty_cell_can_be_written(expression: str, text: str) -> None:
+    assert made(f"{{{{ {expression} }}}}").prompt({"text": None}, 0) == text
+
+
+@pytest.mark.parametrize(
     ("label", "told"),
     [
         (2, "label 2 is out of range: 2 choices have the labels 0 to 1."),
         (-1, "label -1 is out of range"),
         ("1", "label '1' is not a whole number. Write choices[label | int]."),
+        ("positive", "'positive' is not a whole number. It is an answer already: write it without"),
+        ("n/a", "label 'n/a' is not a whole number."),
         (1.0, "label 1.0 is not a whole number."),
         (None, "column 'label' is empty (null)"),
     ],
@@ -183,6 +227,50 @@ def test_an_answer_that_is_no_choice_is_told() -> None:
     assert template.answer({"text": "x", "label": "positive"}) == "positive"
     with pytest.raises(errors.DataError, match="'good' is none of negative, positive"):
         template.answer({"text": "x", "label": "good"})
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ("Positive", "Did you mean 'positive'? Mend the rows, or add it to choices (x.yaml:2)."),
+        ("mixed", "none of negative, positive. Mend the rows, or add it to choices (x.yaml:2)."),
+        (
+            "positive ",
+            "'positive ' is none of negative, positive. Take the blanks off: {{ ... | trim",
+        ),
+        ("1", "'1' is none of negative, positive. A number from 0 is written {{ choices[LABEL |"),
+        ("7", "'7' is none of negative, positive. Mend the rows"),
+    ],
+)
+def test_an_answer_that_is_no_choice_is_told_with_its_cure(label: str, told: str) -> None:
+    template = templates.loads(CLASSES.replace("{{ choices[label] }}", "{{ label }}"), "x.yaml")
+    with pytest.raises(errors.DataError) as caught:
+        template.answer({"text": "x", "label": label})
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told", "cure"),
+    [
+        (["Text ", "output"], "It has 'Text ', output.", "rename: {'Text ': text}"),
+        (["Text (new)", "x"], "Did you mean 'Text (new)'?", "rename: {'Text (new)': text}"),
+        (["a", "b"], "It has a, b.", "rename: {THE COLUMN: text}"),
+        (["only", "output"], "It has only, output.", "rename: {only: text}"),
+    ],
+)
+def test_a_missing_column_is_told_with_the_line_to_write(
+    columns: list[str], told: str, cure: str
+) -> None:
+    with pytest.raises(templates.MissingColumn) as caught:
+        made().prompt(dict.fromkeys(columns, "x"), 0)
+    assert told in str(caught.value)
+    assert caught.value.cure == f" Write {cure} beside template in the recipe."
+
+
+@pytest.mark.parametrize("prompt", ["{{ Guest wrote }}", "{{ done? }}"])
+def test_a_column_s_name_that_is_no_jinja_is_told_with_its_cure(prompt: str) -> None:
+    with pytest.raises(errors.TemplateError, match=r"letters, digits and _ alone.*rename"):
+        made(prompt)
 
 
 def test_an_empty_answer_is_told() -> None:

@@ -85,7 +85,7 @@ def placed(
     try:
         return checked(how.example(row, wording))
     except errors.UserError as error:
-        text = f"{rows.place(index)}: {error}"
+        text = f"{rows.place(index)}: {error}{getattr(error, 'cure', '')}"
         if not rows.source.streaming:
             text += _alike(rows, how, wording)
         raise errors.DataError(text) from error

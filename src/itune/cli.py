@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from itune import __version__, errors, launching, memory, signals, storage
+from itune import __version__, errors, launching, memory, records, signals, storage
 
 app = typer.Typer(
     name="itune",
@@ -44,6 +44,25 @@ def _schema(wanted: bool) -> None:
         typer.echo(json.dumps(recipes.schema(), indent=1, ensure_ascii=False))
         raise typer.Exit
 
+
+def _refuse_words(context: typer.Context) -> None:
+    """Raise OptionError for a word that belongs to no option: most likely a recipe or a run."""
+    if not context.args:
+        return
+    word = errors.inert(errors.masked(context.args[0]))
+    said = f"{word}: this word belongs to no option."
+    if Path(word).suffix.lower() in records.ROWS and context.info_name != "eval":
+        raise errors.OptionError(
+            f"{said} Rows are named in a recipe, data: {{train: {{path: {word}}}}}, and the recipe "
+            f"with --recipe: itune {context.info_name} --recipe FILE"
+        )
+    option = "--recipe"
+    if context.info_name == "eval" and Path(word).suffix.lower() not in (".yaml", ".yml"):
+        option = "--predictions" if Path(word).suffix == ".jsonl" else "--run"
+    raise errors.OptionError(f"{said} Write itune {context.info_name} {option} {word}")
+
+
+WORDS = {"allow_extra_args": True}  # they are refused with what was meant
 
 RecipeOption = Annotated[
     str | None,
@@ -125,6 +144,7 @@ def _training(command: str) -> Callable[..., None]:
     """The command of a name that trains: both have the same options."""
 
     def train(
+        context: typer.Context,
         recipe: RecipeOption = None,
         sets: SetOption = None,
         output: OutputOption = None,
@@ -138,6 +158,7 @@ def _training(command: str) -> Callable[..., None]:
         verbose: VerboseOption = False,
         schema: SchemaOption = False,
     ) -> None:
+        _refuse_words(context)
         from itune import commands
 
         commands.train(
@@ -154,15 +175,20 @@ def _training(command: str) -> Callable[..., None]:
 
 
 app.command(
-    "pretrain", help="Train a language model on plain text: from scratch, or on from another."
+    "pretrain",
+    context_settings=WORDS,
+    help="Train a language model on plain text: from scratch, or on from another.",
 )(_training("pretrain"))
 app.command(
-    "tune", help="Tune a model on prompts and answers; an unfinished run of the recipe is resumed."
+    "tune",
+    context_settings=WORDS,
+    help="Tune a model on prompts and answers; an unfinished run of the recipe is resumed.",
 )(_training("tune"))
 
 
-@app.command("eval")
+@app.command("eval", context_settings=WORDS)
 def evaluate(
+    context: typer.Context,
     recipe: RecipeOption = None,
     sets: SetOption = None,
     output: OutputOption = None,
@@ -203,6 +229,7 @@ def evaluate(
     schema: SchemaOption = False,
 ) -> None:
     """Score a run on its evaluation data, with intervals, beside the untuned model."""
+    _refuse_words(context)
     from itune import commands, evaluating
 
     common = commands.Common(recipe, tuple(sets or ()), output, processes, as_json, quiet)

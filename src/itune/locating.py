@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from itune import errors, origins, weights
+from itune import errors, origins, recipes, records, weights
 
 
 def resolve(name: str, revision: str | None = None) -> str:
@@ -45,14 +45,27 @@ def local(name: str) -> str | None:
             )
         weights.check(str(path))
         return str(path)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix
+    starts = (".", "/", "~", "runs/")
+    looks_like_path = name.startswith(starts) or name.count("/") > 1 or path.suffix
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = [other.name for other in beside if _holds_model(other)]
         raise errors.ModelError(
             f"{name}: no such folder, in {Path.cwd()}.{errors.nearest(path.name, near)}"
+            f"{_making(path)}"
         )
     return None
+
+
+def _making(path: Path) -> str:
+    """The recipe that would make a run's folder, where one is here or shipped."""
+    if path.parent != Path("runs"):
+        return ""
+    for folder in (Path("recipes"), recipes.shipped("recipes")):
+        for name, file in records.names_in(folder).items():
+            if recipes.name_of(file.absolute()) == path.name:
+                return f" Run the recipe that makes it first: {name}."
+    return ""
 
 
 # What the libraries raise for files that are not what they take them for: peft and torch

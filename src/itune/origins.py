@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import functools
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.constants
 import yaml
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
@@ -53,6 +57,10 @@ def fetched_adapter(name: str, revision: str | None) -> str | None:
 def _fetched_adapter(name: str, revision: str | None, _hub: str) -> str | None:
     """The same commit all through a process, though the hub has another by then."""
     known = huggingface_hub.try_to_load_from_cache(name, ADAPTER, revision=revision)
+    if known is None and _no_such_host():
+        if _cached(name, "config.json", revision):
+            return None
+        raise ConnectionError("the hub cannot be connected to: its name leads nowhere from here")
     if known is None:
         try:
             huggingface_hub.hf_hub_download(name, ADAPTER, revision=revision)
@@ -63,6 +71,20 @@ def _fetched_adapter(name: str, revision: str | None, _hub: str) -> str | None:
     fetch: Callable[..., Any] = huggingface_hub.snapshot_download
     options = {"revision": revision, "allow_patterns": FETCHED, "ignore_patterns": "*/*"}
     return str(fetch(name, **options))
+
+
+def _no_such_host() -> bool:
+    """Whether the hub's name is unknown here, as without a network.
+
+    Its library would try for most of a minute, with a dozen lines of warnings.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, None)
+    except socket.gaierror:
+        return True
+    return False
 
 
 def refuse_absent_base(name: str, base: str) -> None:

@@ -98,6 +98,7 @@ DECIDING = (
     "preparing",
     "sandbox",
     "sources",
+    "expressions",
     "templates",
     "tokenizing",
     "unpacking",

@@ -246,6 +246,10 @@ def shipped(kind: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[2] / kind
 
 
+# Files of rows, and of spreadsheets: given where a recipe is asked for, they are named in one.
+ROWS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt", ".xlsx", ".xls", ".ods")
+
+
 def find(name: str | Path, kind: str, error: type[errors.UserError]) -> Path:
     """The file meant by a path as typed or by a bare name: here, in ./KIND, then among the shipped.
 
@@ -261,13 +265,22 @@ def find(name: str | Path, kind: str, error: type[errors.UserError]) -> Path:
         inside = sorted(errors.inert(str(file)) for file in path.glob("*.yaml"))
         hint = f" It holds {', '.join(inside[:20])}." if inside else ""
         raise error(f"{errors.inert(typed)}: a folder, not a {singular}.{hint}")
+    if path.exists() and path.suffix.lower() in ROWS:
+        cure = f" A recipe is YAML that names it: data: {{train: {{path: {errors.inert(typed)}}}}}."
+        raise error(
+            f"{errors.inert(typed)}: a file of rows, not a {singular}."
+            f"{cure if kind == 'recipes' else ''}"
+        )
     if path.exists():
         return path
     for folder in (Path(), Path(kind), shipped(kind)):
         found = _named(folder, path, deep=folder != Path())
         if found is not None:
             return found
-    raise error(f"{errors.inert(typed)}: no such {singular}.{_near(path, kind)}")
+    near = _near(path, kind)
+    # Of a file it is told where it was looked for; of a name, which there are.
+    where = f", in {Path.cwd()}" if path.suffix and not near.startswith(" Did") else ""
+    raise error(f"{errors.inert(typed)}: no such {singular}{where}.{near}")
 
 
 def names_in(folder: Path) -> dict[str, Path]:

@@ -89,7 +89,7 @@ class FromScratch(Record):
     model_type: Text
     """The architecture by the name that transformers gives it: llama, gpt2, t5, bert."""
     tokenizer: Tokenizer
-    """The tokenizer to train, or the name or folder of one that exists."""
+    """The tokenizer to train, as `{algorithm: bpe, vocab_size: 8000}`, or one by name or folder."""
     embedding_std: Annotated[Number, Field(gt=0)] | None = None
     """Standard deviation of the input embeddings at the start; the config's own when left out."""
 

@@ -7,8 +7,8 @@ not write more than 1 MB a row.
 
 from __future__ import annotations
 
+import difflib
 import functools
-import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,12 +19,14 @@ import jinja2.meta
 import jinja2.nodes
 import pydantic
 
-from itune import errors, records, sandbox, yamls
+from itune import errors, expressions, records, sandbox, yamls
 from itune.records import Text
 
 Task = Literal["classification", "qa", "translation", "summarization", "generation", "chat"]
 
 SINGLE = re.compile(r"\{\s*([A-Za-z_]\w*)\s*\}")  # as other programs write a column
+# What Jinja says of `{{ Guest wrote }}` and `{{ done? }}`.
+NAME_ENDS = re.compile(r"unexpected char|end of print statement', got '?[^\W\d]")
 LARGEST_TEXT = 1_000_000  # characters that one prompt or answer may have beside its row's texts
 LOADERS = {
     jinja2.nodes.Extends: "extends",
@@ -34,61 +36,9 @@ LOADERS = {
 }
 
 
-class _Choices(tuple[str, ...]):
-    """The choices, which a label may not count from the end: -1 is no label."""
-
-    def __getitem__(self, label: Any) -> Any:
-        if isinstance(label, slice):
-            return super().__getitem__(label)
-        try:
-            index = operator.index(label)
-        except TypeError:
-            advice = " Write choices[label | int]" if isinstance(label, str) else ""
-            raise sandbox.Refused(
-                f"label {errors.shown(label)} is not a whole number.{advice}"
-            ) from None
-        if not 0 <= index < len(self):
-            raise sandbox.Refused(
-                f"label {index} is out of range: {len(self)} choices have the labels 0 to "
-                f"{len(self) - 1}"
-            )
-        return super().__getitem__(index)
-
-
-class _Environment(sandbox.Environment):
-    """The sandbox, where what is missing, empty or no text is refused."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
-        )
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """`answers.items` is the field called items where there is one, not the dict's method."""
-        if isinstance(obj, Mapping) and attribute in obj:
-            return obj[attribute]
-        return super().getattr(obj, attribute)
-
-
-def _printable(value: Any) -> Any:
-    """What `{{ }}` may print: Python's words for nothing or for a list are in no one's data."""
-    if type(value) is str:
-        sandbox.BUDGET.spend(0, len(value))
-        return value
-    if value is None:
-        raise sandbox.Refused("an expression is empty (null)")
-    if callable(value) and not isinstance(value, jinja2.Undefined):
-        raise sandbox.Refused("an expression is a function. Add its brackets")
-    if isinstance(value, dict | list | tuple | set | bytes):
-        raise sandbox.Refused(
-            f"an expression is {errors.shown(value)}, not text. Take one, or | join"
-        )
-    return value
-
-
 @functools.lru_cache(maxsize=1)
-def _environment() -> _Environment:
-    return _Environment()
+def _environment() -> expressions.Environment:
+    return expressions.Environment()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,6 +49,12 @@ def _compiled(source: str) -> jinja2.Template:
 @functools.lru_cache(maxsize=256)
 def _expression(source: str) -> Any:
     return _environment().compile_expression(source, undefined_to_none=False)
+
+
+class MissingColumn(errors.DataError):
+    """A row has no column that the template reads; `cure` is the line of a recipe that mends it."""
+
+    cure = ""
 
 
 class Template(records.Record):
@@ -143,10 +99,7 @@ class Template(records.Record):
             )
         text = self._render(self.response, "response", row)
         if self.task == "classification" and text not in self.choices:
-            self._refuse(
-                "response",
-                f"{errors.shown(text)} is none of {', '.join(self.choices)}. Use choices",
-            )
+            self._refuse("response", self._no_choice(text))
         return text
 
     def gold(self, row: Mapping[str, Any]) -> list[str]:
@@ -185,7 +138,7 @@ class Template(records.Record):
 
     def _variables(self, row: Mapping[str, Any]) -> dict[str, Any]:
         given = {**row, **self.values}
-        return {**given, "choices": _Choices(self.choices)} if self.choices else given
+        return {**given, "choices": expressions.Choices(self.choices)} if self.choices else given
 
     def _render(self, source: str, key: str, row: Mapping[str, Any]) -> str:
         parts: list[str] = []
@@ -218,12 +171,43 @@ class Template(records.Record):
         missing = sorted(wanted - set(row))
         empty = sorted(name for name in wanted if name in row and row[name] is None)
         if isinstance(error, jinja2.UndefinedError) and missing:
-            hint = errors.nearest(missing[0], row)
-            what = f"the row has no column {missing[0]!r}.{hint if 'Did' in hint else ''}"
-            self._refuse(key, f"{what} It has {_has(row)}", error)
+            raise self._no_column(missing[0], key, row) from error
         if isinstance(error, sandbox.Refused) and empty:
-            self._refuse(key, f"column {empty[0]!r} is empty (null) in this row", error)
+            what = f"column {empty[0]!r} is empty (null) in this row"
+            said = f"{{{{ {empty[0]} | default('...', true) }}}}"
+            self._refuse(key, f"{what}. Fill it in, take the row out, or write {said}", error)
         self._refuse(key, f"{errors.inert(str(error)).rstrip('.')}", error)
+
+    def _no_choice(self, text: str) -> str:
+        """What is wrong with an answer that is none of the choices, and its cure."""
+        what = f"{errors.shown(text)} is none of {', '.join(self.choices)}."
+        if text.strip() in self.choices:
+            return f"{what} Take the blanks off: {{{{ ... | trim }}}}"
+        if text.strip().isdecimal() and int(text) < len(self.choices):
+            return f"{what} A number from 0 is written {{{{ choices[LABEL | int] }}}}"
+        hint = errors.nearest(text, self.choices)
+        near = hint if "Did" in hint else ""
+        place = self._places.get("choices", self.name)
+        return f"{what}{near} Mend the rows, or add it to choices ({place})"
+
+    def _no_column(self, name: str, key: str, row: Mapping[str, Any]) -> MissingColumn:
+        free = [str(each) for each in sorted(row) if each not in self.columns()]
+        source = self._source(key)
+        # `{{ Customer-Text }}` is a subtraction: what was meant is the column with that sign in it.
+        signs = [each for each in free if not each.isidentifier() and each.strip() in source]
+        meant, said = _meant(name, free), f"the row has no column {name!r}."
+        if signs:
+            meant, name = signs[0], re.sub(r"\W+", "_", signs[0]).strip("_").lower()
+            said = f"{_quoted(meant)} is no name for Jinja. Write {{{{ {name} }}}} here."
+        elif meant:
+            said += f" Did you mean {errors.inert(meant)!r}?"
+        place = self._places.get(key, self.name)
+        error = MissingColumn(errors.masked(f"{place}: {key}: {said} It has {_has(row)}."))
+        if free:
+            old = meant or (free[0] if len(free) == 1 else None)
+            written = "THE COLUMN" if old is None else _quoted(old)
+            error.cure = f" Write rename: {{{written}: {name}}} beside template in the recipe."
+        return error
 
     def _source(self, key: str) -> str:
         if key == "references":
@@ -236,7 +220,21 @@ class Template(records.Record):
 
 
 def _has(row: Mapping[str, Any]) -> str:
-    return ", ".join(errors.inert(str(name)) for name in sorted(row)[:20]) or "no columns"
+    """The names of a row's columns; in quotes where blanks or signs would not be seen."""
+    return ", ".join(_quoted(str(name)) for name in sorted(row)[:20]) or "no columns"
+
+
+def _quoted(name: str) -> str:
+    return name if name.isidentifier() else repr(errors.inert(name))
+
+
+def _meant(name: str, columns: Sequence[str]) -> str | None:
+    """The column that a name stands for: one that holds it, as `Text (new)` holds `text`."""
+    holding = [each for each in columns if name.casefold() in each.casefold()]
+    if len(holding) == 1:
+        return holding[0]
+    close = difflib.get_close_matches(name, columns, n=1, cutoff=0.7)
+    return close[0] if close else None
 
 
 def _printed(expression: str | None) -> str:
@@ -276,7 +274,7 @@ def loads(text: str, where: str = "template.yaml") -> Template:
     _check_jinja(document)
     records.metric_faults(document, ("metrics",), _listed(document, "metrics"))
     template = records.build(Template, document, name=Path(where).stem)
-    for key in ("response", "references", "task"):
+    for key in ("response", "references", "task", "choices"):
         template._places[key] = document.place((key,))
     for index in range(len(template.prompts)):
         template._places[f"prompts.{index}"] = document.place(("prompts", index))
@@ -337,7 +335,13 @@ def _check_source(document: yamls.Document, key: yamls.Key, source: Any) -> None
         tree = _environment().parse(source)
         _environment().compile(tree)
     except jinja2.TemplateSyntaxError as error:
-        _note(document, key, error.lineno, f"{str(error.message).rstrip('.')}. Mend the Jinja.")
+        cure = "Mend the Jinja."
+        if NAME_ENDS.search(str(error.message)):
+            cure += (
+                " Is it the name of a column? In {{ }} one has letters, digits and _ alone: give "
+                "the column such a name with data.train.rename."
+            )
+        _note(document, key, error.lineno, f"{str(error.message).rstrip('.')}. {cure}")
         return
     except sandbox.COMPILER_FAULTS:
         _note(document, key, 1, "nested too deeply for Jinja. Flatten it.")

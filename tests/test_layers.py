@@ -77,6 +77,7 @@ ORDER = (
     "adapters",
     "folding",
     "models",
+    "suiting",
     "fingerprints",
     "checkpoints",
     "bests",

@@ -100,16 +100,53 @@ def test_an_adapter_that_never_folds_is_refused_before_a_row_is_read(
     assert f"model.name: ./below: its adapter ({kind}) cannot be folded into its" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ("{peft_type: beft}", "this adapter cannot be folded into its base: Base layer has"),
+        ("{peft_type: lora, target_modules: [lm_head]}", "lm_head has its weights in common"),
+        ("{peft_type: lora, target_modules: [embed_tokens]}", "embed_tokens has its weights in"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
-def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_step(
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_row_is_read(
+    adapter: str, said: str, folder: Path, cli: Cli
+) -> None:
+    import peft
+    import transformers
+
+    tied = json.loads(Path("model/config.json").read_text()) | {"tie_word_embeddings": True}
+    Path("model/config.json").write_text(json.dumps(tied))
+    model = transformers.AutoModelForCausalLM.from_pretrained("model")
+    model.tie_weights()
+    model.save_pretrained("model")
+    (folder / "rows.jsonl").write_text("no row\n")
+    asked = ("-s", f"adapter={adapter}", "-s", "output.merge=true")
+    for more in ((), ("--plan",)):
+        ended = cli("tune", "-r", "lora.yaml", *asked, *more)
+        assert ended.code == 2, ended.err
+        assert f"output.merge: {said}" in ended.err
+
+    kind = adapter[1:-1].replace("peft_type: ", "")
+    beft, lora = peft.BeftConfig, peft.LoraConfig
+    settings = beft() if kind == "beft" else lora(target_modules=[kind.split("[")[1][:-1]])
+    peft.get_peft_model(model, settings).save_pretrained("below", save_embedding_layers=False)
+    ended = cli("tune", "-r", "lora.yaml", "-o", "runs/on", "-s", "model.name=./below")
+    assert ended.code == 2, ended.err
+    assert "model.name: ./below: its adapter cannot be folded into its base, so" in ended.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_that_a_config_ties_and_a_folder_does_not_are_adapted(
     folder: Path, cli: Cli
 ) -> None:
-    ended = cli(
-        "tune", "-r", "lora.yaml", "-s", "adapter={peft_type: beft}", "-s", "output.merge=true"
-    )
-    assert ended.code == 2, ended.err
-    assert "output.merge: this adapter cannot be folded into its base: Base layer has" in ended.err
-    assert not Path("runs/lora/log.jsonl").exists()
+    """Both matrices are there and differ, so transformers keeps them apart."""
+    tied = json.loads(Path("model/config.json").read_text()) | {"tie_word_embeddings": True}
+    Path("model/config.json").write_text(json.dumps(tied))
+    head = ("-s", "adapter.target_modules=[lm_head]", "-s", "output.merge=true")
+    ended = cli("tune", "-r", "lora.yaml", *head)
+    assert ended.code == 0, ended.err
 
 
 @pytest.mark.parametrize(

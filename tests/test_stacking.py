@@ -149,6 +149,19 @@ def test_embeddings_that_a_config_ties_and_a_folder_does_not_are_adapted(
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_peft_warns_of_is_a_line_each(folder: Path, cli: Cli) -> None:
+    idle = ("-s", "adapter.rank_pattern={nix: 2}", "-s", "adapter.exclude_modules=[nada]")
+    ended = cli("tune", "-r", "lora.yaml", *idle)
+    assert ended.code == 0, ended.err
+    told = [line for line in ended.err.splitlines() if line.startswith("warning: peft: ")]
+    assert len(told) == 2, ended.err
+    assert any("rank_pattern" in line and "nix" in line for line in told)
+    assert any("exclude_modules" in line and "nada" in line for line in told)
+    assert "Warning:" not in ended.err
+    assert ".py" not in ended.err
+
+
 @pytest.mark.parametrize(
     ("field", "said"),
     [

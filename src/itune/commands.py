@@ -210,8 +210,9 @@ def _preview(
     from itune import configs, doctor, families, previewing
 
     still()
-    made = configs.asked_tokenizer(recipe, None, command)
-    encoder = families.encoder(configs.family_of(recipe.model), made)
+    family = configs.family_of(recipe.model)
+    families.refuse_idle(family, recipe.training)
+    encoder = families.encoder(family, configs.asked_tokenizer(recipe, None, command))
     shown = previewing.show(
         recipe, encoder, number, screen, command=command, verbose=common.verbose
     )

@@ -16,8 +16,9 @@ from itune import adapters, configs, errors, families, folding, locating, models
 
 
 def refuse(recipe: recipes.Recipe) -> None:
-    """Raise UserError for a model from scratch or an adapter that will not do."""
+    """Raise UserError for a model from scratch, its objective or an adapter that will not do."""
     kind = configs.family_of(recipe.model)
+    families.refuse_idle(kind, recipe.training)
     below = None
     if recipe.model.name is not None:
         location = locating.resolve(recipe.model.name, recipe.model.revision)

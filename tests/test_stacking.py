@@ -163,6 +163,33 @@ def test_what_peft_warns_of_is_a_line_each(folder: Path, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("num_hidden_layers: 0", "expected a whole number from 1, found 0."),
+        ("hidden_size: -16", "expected a whole number from 1, found -16."),
+        ("num_attention_heads: 0", "expected a whole number from 1, found 0."),
+        ("rms_norm_eps: -1.0e-6", "expected a number from 0, found -1e-06."),
+        ("initializer_range: -0.02", "expected a number from 0, found -0.02."),
+        ("attention_dropout: 1.5", "expected a share from 0 to 1, found 1.5."),
+        ("rope_theta: 0", "expected a number above 0, found 0."),
+        ("hidden_act: nix", "unknown 'nix'."),
+        ("hidden_act: gellu", "gelu"),
+    ],
+)
+def test_a_field_of_which_no_model_should_be_made_is_named_before_a_row_is_read(
+    key: str, said: str, folder: Path, cli: Cli
+) -> None:
+    (folder / "rows.jsonl").write_text("no row\n")
+    scratch = f"{{model_type: llama, tokenizer: ./model, {key}}}"
+    Path("new.yaml").write_text(ALL.replace("{name: ./model}", f"{{from_scratch: {scratch}}}"))
+    ended = cli("tune", "-r", "new.yaml")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert f"model.from_scratch.{key.partition(':')[0]}: " in ended.err
+    assert said in ended.err
+    assert len(ended.err.strip().splitlines()) <= 2, ended.err
+
+
+@pytest.mark.parametrize(
     ("field", "said"),
     [
         ("hidden_size: 17", "llama cannot be built: "),

@@ -106,6 +106,16 @@ def report(path: str, commit: str | None) -> dict[str, Any]:
     return {"train": {**counts, "sources": [source]}}
 
 
+def test_every_family_has_a_task_that_the_hub_knows(tmp_path: Path) -> None:
+    tasks = {"causal": "text-generation", "seq2seq": "text-generation", "masked": "fill-mask"}
+    for family, task in tasks.items():
+        origin = origins.of(parsed(tmp_path, "org/base"), family)
+        run = made_by_hand(tmp_path / family, {"origin": origin})
+        card = huggingface_hub.ModelCard(cards.render(run, cards.WHOLE))
+        assert card.data.pipeline_tag == task
+        assert ("text2text-generation" in card.data.tags) is (family == "seq2seq")
+
+
 def test_what_is_on_the_hub_is_named_by_its_id_and_commit(tmp_path: Path) -> None:
     commit = "c" * 40
     run = made_by_hand(

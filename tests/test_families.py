@@ -465,11 +465,38 @@ def test_a_part_of_a_prompt_is_hidden_in_training_alone() -> None:
     assert not objectives.changing(corpus, objective)
 
 
-def test_prompts_of_a_decoder_are_not_hidden(tmp_path: Path, cli: Any) -> None:
+def test_nothing_is_hidden_from_a_decoder(tmp_path: Path, cli: Any) -> None:
     folder_with(tmp_path, *("gpt2", CONFIGS["gpt2"][1]))
-    found = cli("pretrain", "-r", "pretrain.yaml", "-s", "training.prompt_mask_prob=0.1")
-    assert found.code == 2
-    assert "training.prompt_mask_prob: 0.1, and the model is causal" in found.err
+    for more in ((), ("--preview", "1"), ("--plan",)):
+        for key in ("prompt_mask_prob", "mlm_probability"):
+            found = cli("pretrain", "-r", "pretrain.yaml", "-s", f"training.{key}=0.1", *more)
+            assert found.code == 2
+            assert f"training.{key}: 0.1, and the model is causal" in found.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "able"),
+    [
+        ("mlm_probability", 0.2, {"masked", "seq2seq"}),
+        ("whole_word_mask", True, {"masked"}),
+        ("mask_replace_prob", 0.7, {"masked"}),
+        ("random_replace_prob", 0.0, {"masked"}),
+        ("prompt_mask_prob", 0.1, {"masked"}),
+        ("mean_noise_span_length", 2.0, {"seq2seq"}),
+    ],
+)
+def test_what_hides_a_part_of_a_text_is_for_some_families_alone(
+    key: str, value: float, able: set[str]
+) -> None:
+    training = recipes.Training.model_validate({key: value})
+    assert training != recipes.Training()
+    for family in families.ENCODERS:
+        if family in able:
+            families.refuse_idle(family, training)
+        else:
+            with pytest.raises(errors.RecipeError, match=f"training.{key}: .* the model is"):
+                families.refuse_idle(family, training)
+        families.refuse_idle(family, recipes.Training())
 
 
 @pytest.mark.parametrize("algorithm", ["bpe", "unigram", "wordpiece"])

@@ -79,6 +79,7 @@ ORDER = (
     "adapters",
     "folding",
     "models",
+    "suiting",
     "fingerprints",
     "checkpoints",
     "bests",

@@ -361,8 +361,10 @@ def test_an_encoder_saved_without_its_head_is_tuned_with_a_new_one(
         "output": {"merge": True},
     }
     Path("tune.yaml").write_text(json.dumps(recipe))
+    Path("broken.jsonl").write_text("no row\n")
     refused = cli("tune", "-r", "tune.yaml", "-o", "runs/no", "-s", "output.merge=false", "-s",
-                  "adapter={peft_type: trainable_tokens, token_indices: [5]}")  # fmt: skip
+                  "adapter={peft_type: trainable_tokens, token_indices: [5]}", "-s",
+                  "data.train.path=broken.jsonl")  # fmt: skip
     assert refused.code == 2
     assert "trainable_tokens trains no layer of the model" in refused.err
     ended = cli("tune", "-r", "tune.yaml", "-o", "runs/new")

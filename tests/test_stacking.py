@@ -100,16 +100,93 @@ def test_an_adapter_that_never_folds_is_refused_before_a_row_is_read(
     assert f"model.name: ./below: its adapter ({kind}) cannot be folded into its" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ("{peft_type: beft}", "this adapter cannot be folded into its base: Base layer has"),
+        ("{peft_type: lora, target_modules: [lm_head]}", "lm_head has its weights in common"),
+        ("{peft_type: lora, target_modules: [embed_tokens]}", "embed_tokens has its weights in"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias")
-def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_step(
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_an_adapter_that_does_not_fold_into_this_base_is_refused_before_a_row_is_read(
+    adapter: str, said: str, folder: Path, cli: Cli
+) -> None:
+    import peft
+    import transformers
+
+    tied = json.loads(Path("model/config.json").read_text()) | {"tie_word_embeddings": True}
+    Path("model/config.json").write_text(json.dumps(tied))
+    model = transformers.AutoModelForCausalLM.from_pretrained("model")
+    model.tie_weights()
+    model.save_pretrained("model")
+    (folder / "rows.jsonl").write_text("no row\n")
+    asked = ("-s", f"adapter={adapter}", "-s", "output.merge=true")
+    for more in ((), ("--plan",)):
+        ended = cli("tune", "-r", "lora.yaml", *asked, *more)
+        assert ended.code == 2, ended.err
+        assert f"output.merge: {said}" in ended.err
+
+    kind = adapter[1:-1].replace("peft_type: ", "")
+    beft, lora = peft.BeftConfig, peft.LoraConfig
+    settings = beft() if kind == "beft" else lora(target_modules=[kind.split("[")[1][:-1]])
+    peft.get_peft_model(model, settings).save_pretrained("below", save_embedding_layers=False)
+    ended = cli("tune", "-r", "lora.yaml", "-o", "runs/on", "-s", "model.name=./below")
+    assert ended.code == 2, ended.err
+    assert "model.name: ./below: its adapter cannot be folded into its base, so" in ended.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_embeddings_that_a_config_ties_and_a_folder_does_not_are_adapted(
     folder: Path, cli: Cli
 ) -> None:
-    ended = cli(
-        "tune", "-r", "lora.yaml", "-s", "adapter={peft_type: beft}", "-s", "output.merge=true"
-    )
-    assert ended.code == 2, ended.err
-    assert "output.merge: this adapter cannot be folded into its base: Base layer has" in ended.err
-    assert not Path("runs/lora/log.jsonl").exists()
+    """Both matrices are there and differ, so transformers keeps them apart."""
+    tied = json.loads(Path("model/config.json").read_text()) | {"tie_word_embeddings": True}
+    Path("model/config.json").write_text(json.dumps(tied))
+    head = ("-s", "adapter.target_modules=[lm_head]", "-s", "output.merge=true")
+    ended = cli("tune", "-r", "lora.yaml", *head)
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_peft_warns_of_is_a_line_each(folder: Path, cli: Cli) -> None:
+    idle = ("-s", "adapter.rank_pattern={nix: 2}", "-s", "adapter.exclude_modules=[nada]")
+    ended = cli("tune", "-r", "lora.yaml", *idle)
+    assert ended.code == 0, ended.err
+    told = [line for line in ended.err.splitlines() if line.startswith("warning: peft: ")]
+    assert len(told) == 2, ended.err
+    assert any("rank_pattern" in line and "nix" in line for line in told)
+    assert any("exclude_modules" in line and "nada" in line for line in told)
+    assert "Warning:" not in ended.err
+    assert ".py" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("num_hidden_layers: 0", "expected a whole number from 1, found 0."),
+        ("hidden_size: -16", "expected a whole number from 1, found -16."),
+        ("num_attention_heads: 0", "expected a whole number from 1, found 0."),
+        ("rms_norm_eps: -1.0e-6", "expected a number from 0, found -1e-06."),
+        ("initializer_range: -0.02", "expected a number from 0, found -0.02."),
+        ("attention_dropout: 1.5", "expected a share from 0 to 1, found 1.5."),
+        ("rope_theta: 0", "expected a number above 0, found 0."),
+        ("hidden_act: nix", "unknown 'nix'."),
+        ("hidden_act: gellu", "gelu"),
+    ],
+)
+def test_a_field_of_which_no_model_should_be_made_is_named_before_a_row_is_read(
+    key: str, said: str, folder: Path, cli: Cli
+) -> None:
+    (folder / "rows.jsonl").write_text("no row\n")
+    scratch = f"{{model_type: llama, tokenizer: ./model, {key}}}"
+    Path("new.yaml").write_text(ALL.replace("{name: ./model}", f"{{from_scratch: {scratch}}}"))
+    ended = cli("tune", "-r", "new.yaml")
+    assert (ended.code, "Traceback" in ended.err) == (2, False), ended.err
+    assert f"model.from_scratch.{key.partition(':')[0]}: " in ended.err
+    assert said in ended.err
+    assert len(ended.err.strip().splitlines()) <= 2, ended.err
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,13 @@ def _own_fields(kind: type) -> list[str]:
     return [each.name for each in dataclasses.fields(kind) if each.name not in common]
 
 
+def blank(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An adapter that starts from random numbers, whatever it is to be computed from."""
+    if isinstance(settings.get("init_lora_weights"), str):
+        return {key: value for key, value in settings.items() if key != "init_lora_weights"}
+    return settings
+
+
 def keep_start(model: Any, settings: Mapping[str, Any], folder: Path) -> None:
     """Keep a fresh adapter that changed its base: `save` needs what it took out."""
     if changes_base(settings):
@@ -217,16 +224,21 @@ def save(model: Any, settings: Mapping[str, Any] | None, folder: Path, start: Pa
 def _with_head(model: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, with layers that were drawn for want of saved ones trained and saved whole."""
     given, drawn = dict(settings), getattr(model, "drawn", ())
-    kind = str(given.get("peft_type", "")).upper()
-    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
-    if not drawn or cls is None:
+    if not drawn:
         return given
-    if "modules_to_save" not in inspect.signature(cls).parameters:
+    refuse_no_head(settings)
+    return {**given, "modules_to_save": [*(given.get("modules_to_save") or ()), *drawn]}
+
+
+def refuse_no_head(settings: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a method that could not train the head which an encoder lacks."""
+    kind = str(settings.get("peft_type", "")).upper()
+    cls = {str(getattr(k, "value", k)): v for k, v in _kinds().items()}.get(kind)
+    if cls is not None and "modules_to_save" not in inspect.signature(cls).parameters:
         raise errors.RecipeError(
             f"adapter.peft_type: {kind.lower()} trains no layer of the model, and this one was "
             "saved without the head that fills masks. Use lora, or leave the adapter out."
         )
-    return {**given, "modules_to_save": [*(given.get("modules_to_save") or ()), *drawn]}
 
 
 def unheard_stop(model: Any, stop_id: int) -> Iterator[str]:

@@ -27,7 +27,12 @@ AUTO = {
     families.SEQ2SEQ: "AutoModelForSeq2SeqLM",
     families.MASKED: "AutoModelForMaskedLM",
 }
-PIPELINES = {families.CAUSAL: "text-generation", families.MASKED: "fill-mask"}
+# The hub has one task for all that write; which of them read first, a tag says.
+PIPELINES = {
+    families.CAUSAL: "text-generation",
+    families.SEQ2SEQ: "text-generation",
+    families.MASKED: "fill-mask",
+}
 # The hub's names for what a template asks.
 TASKS = {
     "classification": "text-classification",
@@ -100,6 +105,7 @@ class _Card:
         relation = "adapter" if self.kind == ADAPTER else "finetune"
         reports = self.manifest.get("data", {}).get("train", {}).get("sources", [])
         tags = ["itune", str(settings["peft_type"]).lower() if settings else ""]
+        tags += ["text2text-generation"] * (self.family == families.SEQ2SEQ)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return huggingface_hub.ModelCardData(
@@ -107,7 +113,7 @@ class _Card:
                 base_model_relation=relation if hub_base else None,
                 datasets=sorted({each["path"] for each in reports if each["commit"]}) or None,
                 library_name="peft" if self.kind == ADAPTER else "transformers",
-                pipeline_tag=PIPELINES.get(self.family),
+                pipeline_tag=PIPELINES[self.family],
                 license=self.origin["license"],
                 tags=[tag for tag in tags if tag],
                 model_name=self.recipe.name,
@@ -121,7 +127,7 @@ class _Card:
         _, tasks = self.evaluations[0]
         for name, task in tasks.items():
             source = next((s for s in self.recipe.data.eval if s.path == task["data"]), None)
-            general = PIPELINES.get(self.family, "text-generation")
+            general = PIPELINES[self.family]
             for key, score in task["scores"].items():
                 if not math.isfinite(score["value"]):
                     continue

@@ -19,6 +19,17 @@ STOPS: tuple[tuple[str, str], tuple[str, str]] = (
 )
 TOKENS_PER_STEP = 16384
 
+# What the types of models call their sizes; a model without any of it is built, and even trained.
+SIZE = re.compile(
+    r"(hidden|intermediate|embedding|vocab)_size|hidden_dim|emb_dim|embedding_dim|head_dim|dim"
+    r"|num_(hidden_|encoder_|decoder_)?layers|(encoder|decoder)_layers|word_embed_proj_dim"
+    r"|(\w+_)?attention_heads|num_(key_value_)?heads|(\w+_)?ffn_dim|max_position_embeddings"
+    r"|n_(embd|layers?|heads?|positions|inner|ctx)|d_(model|kv|ff|head|inner)"
+)
+EPSILON = re.compile(r"(\w+_)?(eps|epsilon)")
+DRAWN = re.compile(r"initializer_(range|factor)|(\w+_)?init_std")
+SHARE = re.compile(r"\w*(dropout|pdrop|layerdrop)\w*")
+
 # Names of keys whose values are secrets; not use_cls_token, eos_token, tokens_per_step.
 SECRET_KEY = re.compile(
     r"(^|_)(api_?key|access_key|private_key|secret_key|secret|password|passwd|passphrase"
@@ -86,6 +97,9 @@ def _check_model(document: yamls.Document) -> None:
         _both(document, ("model", "name"), ("model", "from_scratch"))
     elif not given and isinstance(document.data.get("model"), dict):
         document.fault(("model",), "neither name nor from_scratch is given. Give one.")
+    scratch = model.get("from_scratch")
+    if isinstance(scratch, dict):
+        _check_scratch(document, scratch)
     adapter = document.data.get("adapter")
     if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
         document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
@@ -102,6 +116,24 @@ def _check_model(document: yamls.Document) -> None:
                 "weights of few bits cannot be trained. Add an adapter, such as "
                 "adapter: {peft_type: lora}, or take the section out.",
             )
+
+
+def _check_scratch(document: yamls.Document, scratch: dict[str, Any]) -> None:
+    """Note numbers from which transformers makes a model all the same, or fails without a name."""
+    for name, value in scratch.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if SIZE.fullmatch(name) and value < 1:
+            wanted = "a whole number from 1"
+        elif (EPSILON.fullmatch(name) or DRAWN.fullmatch(name)) and value < 0:
+            wanted = "a number from 0"
+        elif SHARE.fullmatch(name) and not 0 <= value <= 1:
+            wanted = "a share from 0 to 1"
+        elif name == "rope_theta" and value <= 0:
+            wanted = "a number above 0"
+        else:
+            continue
+        document.fault(("model", "from_scratch", name), f"expected {wanted}, found {value}.")
 
 
 def _check_data(document: yamls.Document, command: str) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from itune import (
     console,
@@ -59,11 +59,27 @@ def still() -> None:
 
     # transformers warns of a name that peft still uses; nobody who tunes can do anything about it.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+    warnings.showwarning = _told_in_a_line
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
+
+
+def _told_in_a_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What Python does with a library's warning: neither file nor line of it helps a user."""
+    parts = Path(filename).parts
+    inside = [parts.index(each) for each in ("site-packages", "dist-packages") if each in parts]
+    name = parts[inside[0] + 1] if inside else Path(filename).stem
+    launching.warn_of_library(name, str(message))
 
 
 def emit(common: Common, value: Mapping[str, Any]) -> None:
@@ -194,8 +210,9 @@ def _preview(
     from itune import configs, doctor, families, previewing
 
     still()
-    made = configs.asked_tokenizer(recipe, None, command)
-    encoder = families.encoder(configs.family_of(recipe.model), made)
+    family = configs.family_of(recipe.model)
+    families.refuse_idle(family, recipe.training)
+    encoder = families.encoder(family, configs.asked_tokenizer(recipe, None, command))
     shown = previewing.show(
         recipe, encoder, number, screen, command=command, verbose=common.verbose
     )

@@ -34,8 +34,9 @@ def config_of(wanted: recipes.Model) -> Any:
     if wanted.from_scratch is not None:
         chosen = wanted.from_scratch.tokenizer
         # Before there is a tokenizer; a type's own padding may lie beyond a small vocabulary.
-        trained = None if isinstance(chosen, str) else chosen.vocab_size
-        entries = {} if trained is None else {"vocab_size": trained, "pad_token_id": 0}
+        entries = {} if isinstance(chosen, str) else {"vocab_size": chosen.vocab_size}
+        if entries or "vocab_size" in wanted.from_scratch.config:
+            entries["pad_token_id"] = 0
         return _blank_config(wanted.from_scratch, entries)
     name = wanted.name or ""
     location, revision = locating.resolve(name, wanted.revision), wanted.revision
@@ -124,6 +125,24 @@ def _undeclared(blank: Any) -> set[str]:
         for name in asked.findall(path.read_text(encoding="utf-8"))
         if name != "head_dim"
     }
+
+
+def refuse_unknown_activations(scratch: recipes.FromScratch) -> None:
+    """Raise ModelError for a field that names a function which transformers does not have.
+
+    Needs torch.
+    """
+    from transformers.activations import ACT2FN
+
+    blank = transformers.AutoConfig.for_model(scratch.model_type).to_dict()
+    for name, value in scratch.config.items():
+        if isinstance(value, str) and ("act" in name or "proj" in name):
+            plain = value.removeprefix("gated-")  # as T5's kind has it
+            if str(blank.get(name)).removeprefix("gated-") in ACT2FN and plain not in ACT2FN:
+                raise errors.ModelError(
+                    f"model.from_scratch.{name}: unknown {errors.shown(value)}."
+                    f"{errors.nearest(plain, list(ACT2FN))}"
+                )
 
 
 def unbuildable(scratch: recipes.FromScratch, error: Exception) -> errors.ModelError:

@@ -40,6 +40,7 @@ from itune import (
     simulating,
     sizing,
     starting,
+    suiting,
     trying,
 )
 
@@ -67,6 +68,7 @@ class _Made:
         self, recipe: recipes.Recipe, command: str, processes: int, say: Callable[[str], None]
     ) -> None:
         self.recipe, self.processes = recipe, processes
+        suiting.refuse(recipe)
         self.place = models.placement(recipe.model)
         self.tokenizer = configs.asked_tokenizer(recipe, None, command)
         self.encoder, self.corpus, self.heldout = starting.read(recipe, self.tokenizer, command)

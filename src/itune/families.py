@@ -10,9 +10,12 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from itune import encoding, errors
+
+if TYPE_CHECKING:
+    from itune import recipes
 
 CAUSAL, SEQ2SEQ, MASKED = "causal", "seq2seq", "masked"
 
@@ -244,6 +247,31 @@ ENCODERS: dict[str, type[encoding.Encoder]] = {
     SEQ2SEQ: Pairs,
     MASKED: Cloze,
 }
+
+
+# Settings of training that hide a part of a text: for which families.
+HIDING = {
+    "mlm_probability": (MASKED, SEQ2SEQ),
+    "whole_word_mask": (MASKED,),
+    "mask_replace_prob": (MASKED,),
+    "random_replace_prob": (MASKED,),
+    "prompt_mask_prob": (MASKED,),
+    "mean_noise_span_length": (SEQ2SEQ,),
+}
+
+
+def refuse_idle(family: str, training: recipes.Training) -> None:
+    """Raise RecipeError for a setting that would do nothing with a model of this family.
+
+    One that has its default is let be: the recipe in a run's folder has all of them.
+    """
+    for name, able in HIDING.items():
+        value = getattr(training, name)
+        if family not in able and value != type(training).model_fields[name].default:
+            raise errors.RecipeError(
+                f"training.{name}: {errors.shown(value)}, and the model is {family}: it hides a "
+                f"part of a text from a {' or '.join(able)} one alone. Take it out."
+            )
 
 
 # --- of which family a model is -----------------------------------------------------------------

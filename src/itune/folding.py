@@ -22,14 +22,19 @@ from itune import adapters, errors, launching
 NOT_IN_AND_OUT = {"BEFT", "OSF"}
 
 
-def refuse_unmergeable(model: Any) -> None:
+# What follows for a model that is an adapter on a base, and is to be tuned.
+NOTHING_ON_TOP = "nothing can be tuned on top of it. Name its base."
+
+
+def refuse_unmergeable(model: Any, *, tied: bool = True) -> None:
     """Raise RecipeError before a run whose adapter could not be folded into its base after it.
 
     Tried on a copy of one layer of each kind; few bits are passed over, for they are merged as
-    floats.
+    floats. On the meta device only what peft refuses whatever the numbers are is found; there
+    `tied` says whether weights are in common when they are loaded.
     """
     _refuse_whole(model)
-    if name := _tied(model):
+    if name := tied and _tied(model):
         raise errors.RecipeError(
             f"output.merge: {name} has its weights in common with another layer, so an adapter "
             "cannot be folded into it. Take it out of adapter.target_modules, or set output.merge: "
@@ -37,8 +42,29 @@ def refuse_unmergeable(model: Any) -> None:
         )
     layers = [each for each in model.modules() if _is_adapted(each) and _is_float(each)]
     for layer in {_kind(each): each for each in layers}.values():
-        with _told():
+        with _told(), _without_numbers(layer):
             copy.deepcopy(layer).merge()
+
+
+def refuse_below(name: str, model: Any, *, tied: bool) -> None:
+    """Raise RecipeError for a model whose adapter stays beside its base, see above."""
+    try:
+        refuse_unmergeable(model, tied=tied)
+    except errors.RecipeError as error:
+        raise errors.RecipeError(
+            f"model.name: {name}: its adapter cannot be folded into its base, so {NOTHING_ON_TOP}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_numbers(layer: Any) -> Iterator[None]:
+    """What the meta device cannot compute is passed over: it is no word of peft's."""
+    try:
+        yield
+    except RuntimeError as error:
+        bare = any(p.is_meta for p in layer.parameters())
+        if not (bare and "meta" in str(error).lower()):
+            raise
 
 
 def _refuse_whole(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -201,6 +202,12 @@ def warn(message: str) -> None:
     """Tell the user of something that is no error, whatever else is shown."""
     if is_main():
         sys.stderr.write(f"warning: {errors.inert(errors.masked(message))}\n")
+
+
+@functools.lru_cache(maxsize=100)
+def warn_of_library(name: str, message: str) -> None:
+    """Tell the user what a library warns of, in one line, once for each message."""
+    warn(f"{name}: {' '.join(message.split())}")
 
 
 def end_with_launcher() -> None:

@@ -32,6 +32,11 @@ CLASSES = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "masked": "AutoModelForMaskedLM",
 }
+# What a model of transformers raises for a config of which none can be made.
+UNBUILDABLE = (
+    ValueError, TypeError, RuntimeError, AttributeError, LookupError, ArithmeticError,
+    AssertionError,
+)  # fmt: skip
 # Nothing pickled; no code of a model's own, and no question about it.
 SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,9 +95,13 @@ def outline(wanted: recipes.Model) -> Any:
     config = configs.config_of(wanted)
     auto = getattr(transformers, CLASSES[families.chosen(wanted.family, config)])
     with torch.device("meta"):
-        return locating.from_library(
-            wanted.name or "from_scratch", lambda: auto.from_config(config)
-        )
+        if wanted.from_scratch is None:
+            return locating.from_library(wanted.name or "", lambda: auto.from_config(config))
+        configs.refuse_unknown_activations(wanted.from_scratch)
+        try:
+            return auto.from_config(config)
+        except UNBUILDABLE as error:
+            raise configs.unbuildable(wanted.from_scratch, error) from error
 
 
 def take_threads(model: Any, place: Placement) -> str:
@@ -237,7 +246,7 @@ def build(wanted: recipes.Model, loaded: Any, place: Placement, seed: int) -> An
         torch.manual_seed(seed)
         model = getattr(transformers, CLASSES[kind]).from_config(config, dtype=torch.float32)
         _compute(model, kind)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except UNBUILDABLE as error:
         raise configs.unbuildable(scratch, error) from error
     if scratch.embedding_std is not None:
         draw = torch.Generator().manual_seed(seed)

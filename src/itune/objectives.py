@@ -66,11 +66,6 @@ def first_position(model: Any) -> int:
 
 def of(encoder: encoding.Encoder, training: recipes.Training) -> Objective | None:
     """The objective of an encoder's family; None where every next token is learnt."""
-    if training.prompt_mask_prob and encoder.family != families.MASKED:
-        raise errors.RecipeError(
-            f"training.prompt_mask_prob: {training.prompt_mask_prob}, and the model is "
-            f"{encoder.family}: only a masked one has a token that hides. Take it out."
-        )
     if encoder.family == families.SEQ2SEQ:
         return Spans.of(encoder, training)
     return Masks.of(encoder, training) if encoder.family == families.MASKED else None

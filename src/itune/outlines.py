@@ -69,7 +69,9 @@ def model(
         made = locating.from_library(name, lambda: auto.from_config(settings, **options))
         if recipe.adapter is not None:
             seed = recipe.training.seed
-            made = adapters.attach(made, _drawn(recipe.adapter), base="", seed=seed, family=kind)
+            made = adapters.attach(
+                made, adapters.blank(recipe.adapter), base="", seed=seed, family=kind
+            )
     if recipe.training.gradient_checkpointing:
         models.recompute(made)
     return made
@@ -79,13 +81,6 @@ def weights_dtype(recipe: recipes.Recipe, place: models.Placement) -> torch.dtyp
     """In what a recipe's weights are kept."""
     whole = recipe.adapter is None or recipe.model.from_scratch is not None
     return torch.float32 if whole else place.dtype
-
-
-def _drawn(adapter: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An adapter that starts from random numbers, whatever it is to be computed from."""
-    if isinstance(adapter.get("init_lora_weights"), str):
-        return {key: value for key, value in adapter.items() if key != "init_lora_weights"}
-    return adapter
 
 
 def weights_bytes(made: Any, quantization: Mapping[str, Any] | None) -> int:

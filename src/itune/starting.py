@@ -22,6 +22,7 @@ from itune import (
     errors,
     families,
     fingerprints,
+    folding,
     guarding,
     launching,
     models,
@@ -153,7 +154,7 @@ def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -
         if isinstance(model, peft.PeftModel):
             raise errors.RecipeError(
                 f"model.name: {recipe.model.name}: its adapter cannot be folded into its base, so "
-                "nothing can be tuned on top of it. Name its base."
+                f"{folding.NOTHING_ON_TOP}"
             )
     else:
         model = models.build(recipe.model, tokenizer, place, recipe.training.seed)

@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from itune import (
     adapters,
     compiling,
-    configs,
     data,
     doctor,
     encoding,
@@ -25,7 +24,6 @@ from itune import (
     forecasting,
     jobs,
     launching,
-    locating,
     models,
     objectives,
     origins,
@@ -38,6 +36,7 @@ from itune import (
     sharding,
     sizing,
     starting,
+    suiting,
     training,
     watching,
 )
@@ -52,7 +51,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
     if launching.is_main():
         pushing.check(recipe)
     place, settings = models.placement(recipe.model), recipe.training
-    _refuse_adapters(recipe)
+    suiting.refuse(recipe)
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
@@ -60,20 +59,6 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
     accelerator = jobs.accelerator(recipe, run, place)
     with jobs.tracked(accelerator, screen.say):
         _tuned(recipe, run, screen, accelerator, encoder, corpus, heldout)
-
-
-def _refuse_adapters(recipe: recipes.Recipe) -> None:
-    """Raise RecipeError for adapters that will not do, before a row is read."""
-    if recipe.adapter is not None:
-        adapters.config(recipe.adapter, configs.family_of(recipe.model))
-        if recipe.output.merge:
-            cure = "nothing can be merged. Set output.merge: false."
-            adapters.refuse_unfoldable("output.merge", recipe.adapter, cure)
-    if recipe.model.name is not None:
-        location = locating.resolve(recipe.model.name, recipe.model.revision)
-        cure = "nothing can be tuned on top of it. Name its base."
-        found = locating.adapter_of(location)
-        adapters.refuse_unfoldable(f"model.name: {recipe.model.name}", found, cure)
 
 
 def _tuned(

@@ -172,6 +172,15 @@ def _check_whole(path: Path) -> None:
         )
 
 
+def names(folder: str) -> set[str]:
+    """The names of the weights in a folder that was checked; none of what is no folder here."""
+    found: set[str] = set()
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            found |= json.loads(file.read(int.from_bytes(file.read(8), "little"))).keys()
+    return found - {"__metadata__"}
+
+
 # --- what was loaded ----------------------------------------------------------------------
 
 

@@ -1,0 +1,119 @@
+"""Whether a recipe's model and adapter go together, told before a row is read.
+
+Needs torch. All of it follows from configs and names of weights: no weight is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from itune import adapters, configs, errors, families, folding, locating, models, recipes, weights
+
+
+def refuse(recipe: recipes.Recipe) -> None:
+    """Raise UserError for a model from scratch, its objective or an adapter that will not do."""
+    kind = configs.family_of(recipe.model)
+    families.refuse_idle(kind, recipe.training)
+    below = None
+    if recipe.model.name is not None:
+        location = locating.resolve(recipe.model.name, recipe.model.revision)
+        below = locating.adapter_of(location)
+        if below is not None:
+            _refuse_below(recipe.model, location, below)
+    if recipe.adapter is not None:
+        _refuse_adapter(recipe, recipe.adapter, below, kind)
+    elif recipe.model.from_scratch is not None:
+        _outline(recipe.model)
+
+
+def _refuse_below(wanted: recipes.Model, location: str, settings: Mapping[str, Any]) -> None:
+    """Refuse to tune on top of an adapter that stays one: it is no part of any weight."""
+    import peft
+
+    place = f"model.name: {wanted.name}"
+    adapters.refuse_unfoldable(place, settings, folding.NOTHING_ON_TOP)
+    made, known = _outline(wanted), peft.PeftConfig.from_pretrained(location)
+    known.base_model_name_or_path = None
+    try:
+        with _for_a_look():
+            made = peft.get_peft_model(made, known)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError):
+        return  # an adapter that does not go with its base is told of where it is loaded
+    folding.refuse_below(str(wanted.name), made, tied=_is_tied(made, settings))
+
+
+def _refuse_adapter(
+    recipe: recipes.Recipe,
+    settings: Mapping[str, Any],
+    below: Mapping[str, Any] | None,
+    kind: str,
+) -> None:
+    """Refuse an adapter that does not go on the model, or that is to be merged and cannot be."""
+    adapters.config(settings, kind)
+    if recipe.output.merge:
+        cure = "nothing can be merged. Set output.merge: false."
+        adapters.refuse_unfoldable("output.merge", settings, cure)
+    made = _outline(recipe.model)
+    if made is None:
+        return
+    base = below or {"base_model_name_or_path": recipe.model.name}
+    if kind == families.MASKED and _is_headless(made, base):
+        adapters.refuse_no_head(settings)
+    tied = _is_tied(made, base)
+    try:
+        with _for_a_look():
+            made = adapters.attach(made, adapters.blank(settings), base="", seed=0, family=kind)
+    except errors.RecipeError as error:
+        if isinstance(error.__cause__, RuntimeError):
+            return  # for want of numbers, it may be: told of where there are some
+        raise
+    if recipe.output.merge:
+        folding.refuse_unmergeable(made, tied=tied)
+
+
+def _outline(wanted: recipes.Model) -> Any:
+    """The model without numbers; None where its code asks for some."""
+    try:
+        return models.outline(wanted)
+    except errors.ModelError as error:
+        if isinstance(error.__cause__, RuntimeError):
+            return None
+        raise
+
+
+@contextlib.contextmanager
+def _for_a_look() -> Iterator[None]:
+    """Without numbers, and without the warnings that come when the adapter is put on for good."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _names(base: Mapping[str, Any]) -> set[str]:
+    """The names of the weights that an adapter's base was saved with, where it is a folder here."""
+    name = base.get("base_model_name_or_path")
+    folder = locating.local(name) if name else None
+    return weights.names(folder) if folder else set()
+
+
+def _is_tied(made: Any, base: Mapping[str, Any]) -> bool:
+    """Whether what a config ties is tied when it is loaded: not where both weights were saved."""
+    inner = made.get_base_model() if hasattr(made, "get_base_model") else made
+    saved = _names(base)
+    return not any(
+        one in saved and other in saved
+        for one, other in inner.get_expanded_tied_weights_keys(all_submodels=True).items()
+    )
+
+
+def _is_headless(made: Any, base: Mapping[str, Any]) -> bool:
+    """Whether an encoder was saved without any part of its head."""
+    saved = {name.partition(".")[0] for name in _names(base)}
+    inside = f"{made.base_model_prefix}."
+    head = {name.partition(".")[0] for name in made.state_dict() if not name.startswith(inside)}
+    return bool(saved) and not head & saved

@@ -124,6 +124,7 @@ ORDER = (
     "rehearsing",
     "tuning",
     "outlines",
+    "portions",
     "simulating",
     "trying",
     "cheaper",

@@ -20,6 +20,7 @@ from typing import Any
 import workload
 
 LORA = "adapter={peft_type: lora, r: 16, lora_alpha: 32}"
+CUT = ("launch.num_processes=2", "launch.fsdp=true")
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -75,6 +76,9 @@ CONFIGURATIONS: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "the same, LoRA": ("wide", 10, (LORA,)),
     "large": ("large", 4, ()),
     "large, LoRA": ("large", 5, (LORA,)),
+    "large, cut in two": ("large", 4, CUT),
+    "large, cut in two, layers kept": ("large", 4, (*CUT, "launch.reshard_after_forward=false")),
+    "large, LoRA, cut in two": ("large", 5, (LORA, *CUT)),
     "large, DoRA": ("large", 4, ("adapter={peft_type: lora, r: 8, use_dora: true}",)),
     "GPT-2": ("gpt2", 20, ()),
     "T5": ("t5", 20, ()),

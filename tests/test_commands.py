@@ -353,6 +353,7 @@ def test_sharding_that_would_not_happen_is_refused(
     assert ended.code == 3
     assert kind in ended.err
     assert "--set launch.fsdp=true" in ended.err
+    assert ("launch.reshard_after_forward: false" in ended.err) == (kind == "deepspeed")
     assert not (tmp_path / "runs").exists()
 
 

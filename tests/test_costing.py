@@ -127,7 +127,10 @@ def test_what_does_not_fit_is_refused_with_what_would(cli: Any, recipe: Path, la
     ended = cli(*given, "--plan", "-s", "plan.memory=80")
     assert ended.code == 3
     assert "are needed on each device and 80.00 GB are there (optimizer" in ended.err
-    line = ended.err.splitlines()[-1]
+    line, cut = ended.err.splitlines()[-2:]
+    assert cut.removeprefix("error:").strip() == (
+        "launch.num_processes=32 and launch.fsdp=true: 56.14 GB"
+    )
     changes, _, figure = line.removeprefix("error:").strip().rpartition(": ")
     assert "quantization" in changes
     sets = [part for change in changes.split(" and ") for part in ("-s", change)]
@@ -157,6 +160,60 @@ def test_every_family_has_a_plan(
     assert found["how"] == "tried here, the whole model"
     assert found["seconds"] > 0
     assert found["memory_bytes"]["activations"] > 0
+
+
+# --- a model that is cut --------------------------------------------------------------------------
+
+CUT = (*NOTHING_TRIED, "-s", "launch.fsdp=true", "-s", "launch.num_processes")
+
+
+def test_a_process_keeps_its_part_of_a_cut_model(
+    cli: Any, recipe: Path, tiny_model_dir: Path
+) -> None:
+    """Weights, gradients and moments fall as processes are more; what is gathered does not."""
+    import transformers
+
+    whole = planned(cli, "tune", "-r", recipe, *NOTHING_TRIED)["memory_bytes"]
+    two, eight = (
+        planned(cli, "tune", "-r", recipe, *CUT[:-1], f"{CUT[-1]}={count}")["memory_bytes"]
+        for count in (2, 8)
+    )
+    for part in ("weights", "optimizer", "gradients"):
+        # Rows that do not come out even are filled up; buffers are whole in each process.
+        assert two[part] == pytest.approx(whole[part] / 2, rel=0.02), part
+        assert eight[part] == pytest.approx(whole[part] / 8, rel=0.05), part
+    assert two["gathered"] == eight["gathered"] > 0
+    assert two["communication"] == eight["communication"] > 0
+    assert "gathered" not in whole
+
+    kept = planned(
+        cli, "tune", "-r", recipe, *CUT[:-1], f"{CUT[-1]}=2", "-s",
+        "launch.reshard_after_forward=false",
+    )["memory_bytes"]  # fmt: skip
+    # Of its layers, one computes while another is gathered; kept are all of them beside that one.
+    layers = transformers.AutoModelForCausalLM.from_pretrained(tiny_model_dir).model.layers
+    layer = sum(p.nbytes for p in layers[0].parameters())
+    assert kept["gathered"] - two["gathered"] == (len(layers) - 1) * layer
+    same = ("weights", "optimizer", "gradients", "communication", "activations")
+    assert [kept[part] for part in same] == [two[part] for part in same]
+
+
+@pytest.mark.slow
+def test_where_a_model_does_not_fit_it_may_be_cut(
+    cli: Any, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the processes that there are, or over more; the figure is that of the plan with it."""
+    from itune import forecasting, memory
+
+    monkeypatch.setattr(memory, "held", lambda *_: 0)  # what this process holds is no constant
+    given = ("tune", "-r", recipe, "-s", "plan.tflops=100")
+    cut = planned(cli, *given, "-s", "plan.memory=80", *CUT[4:-1], f"{CUT[-1]}=8")
+    room = f"plan.memory={cut['memory_bytes']['peak'] * 1.001 / 1e9}"
+    for processes, said in ((8, ""), (2, "launch.num_processes=8 and ")):
+        ended = cli(*given, "--plan", "-s", room, "-s", f"launch.num_processes={processes}")
+        assert ended.code == 3
+        figure = forecasting.gigabytes(cut["memory_bytes"]["peak"])
+        assert f"error:   {said}launch.fsdp=true: {figure}" in ended.err.splitlines(), ended.err
 
 
 # --- the step without memory ----------------------------------------------------------------------

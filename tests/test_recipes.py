@@ -15,7 +15,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from itune import checks, errors, recipes, records, yamls
+from itune import checks, errors, launchers, recipes, records, yamls
 
 GOOD = """\
 model: {name: some/model}
@@ -252,6 +252,8 @@ FIELDS = {
     "two out.",
     "launch: {fsdp: full_shard}": "x.yaml:4: launch.fsdp: expected true or false, found "
     "'full_shard'.",
+    "launch: {deepspeed: zero3.json}": f"x.yaml:4: launch.deepspeed: itune runs no DeepSpeed. "
+    f"{launchers.ZERO}",
     'output: {dir: "a\\0b"}': "x.yaml:4: output.dir: 'a\\x00b' holds a control character. "
     "Delete it.",
     "output: {dir: .}": "x.yaml:4: output.dir: '.' is no folder for one run. Name one below it.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from itune import errors, records, yamls
+from itune import errors, launchers, records, yamls
 
 TRAINING_COMMANDS = ("pretrain", "tune")
 SOURCES = (("data", "train"), ("data", "eval"))
@@ -202,8 +202,11 @@ def _check_training(document: yamls.Document) -> None:
 
 
 def _check_sharding(document: yamls.Document) -> None:
-    """Note what does not go with a model that is cut over processes."""
+    """Note what does not go with a model that is cut over processes, and other names for it."""
     launch, training = _section(document, "launch"), _section(document, "training")
+    for name in [key for key in launch if key in ("deepspeed", "deepspeed_config", "zero_stage")]:
+        document.fault(("launch", name), f"itune runs no DeepSpeed. {launchers.ZERO}")
+        del launch[name]
     if launch.get("fsdp") is not True:
         return
     beside = {

@@ -11,7 +11,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,6 +33,7 @@ from itune import (
     optimizers,
     outlines,
     plans,
+    portions,
     probing,
     recipes,
     rehearsing,
@@ -47,7 +47,7 @@ from itune import (
 WHOLE = 6  # chosen: layers up to which a step is gone through whole; beyond, what one more adds
 FEW, MORE = 2, 4
 KEPT = ("weights", "unpacked", "optimizer", "trained")
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroups v2)
+CUT = ("gathered", "communication")  # beside them, of a model that is cut over processes
 
 
 def forecast(
@@ -89,6 +89,15 @@ class _Made:
         """Operations a second of this device at its best."""
         return trying.operations_a_second(self.place)
 
+    def _world(self, recipe: recipes.Recipe) -> int:
+        """The processes of a recipe, which may have been changed to another number of them."""
+        asked = recipe.launch.num_processes
+        return self.processes if asked == self.recipe.launch.num_processes else asked or 1
+
+    def _cut_over(self, recipe: recipes.Recipe) -> int:
+        """Over how many processes the model is cut; 1 where it is not."""
+        return self._world(recipe) if recipe.launch.fsdp else 1
+
     def _outline(self, recipe: recipes.Recipe, layers: int | None) -> Any:
         settings = self.config if layers is None else outlines.cut(self.config, layers)
         return outlines.model(recipe, settings, self.place, torch.device("meta"))
@@ -100,7 +109,7 @@ class _Made:
         return plans.of_run(
             training,
             self.corpus,
-            world=self.processes,
+            world=self._world(recipe or self.recipe),
             padded=path.padded,
             alone=path.layout == probing.ALONE,
             changing=objectives.changing(self.corpus, objective),
@@ -114,7 +123,7 @@ class _Made:
         fixed, per, flops = self._memory(self.recipe, path, plan)
         allocator = self._allocator(trials, path)
         available = self._available()
-        plan, held = self._filled(plan, fixed, per, available)
+        plan, held = self._filled(self.recipe, plan, fixed, per, available)
         parts = self._parts(fixed, held, allocator)
         total, trainable = models.count(self.outline)
         typical = trying.typical(plan)
@@ -149,12 +158,13 @@ class _Made:
         )
         if not found.fits:
             longest = int(self.corpus.lengths.max())
-            known = cheaper.changes(self.recipe, longest, self.encoder.family)
+            known = cheaper.changes(self.recipe, longest, self.encoder.family, self.processes)
             raise errors.EnvironmentRefusal(
                 cheaper.told(
                     found,
                     self.recipe,
                     known,
+                    cheaper.further(self.recipe, self.processes),
                     lambda changed: self._peak(changed, path, allocator, available),
                 )
             )
@@ -167,12 +177,13 @@ class _Made:
     ) -> tuple[dict[str, int], dict[str, float], float]:
         """Bytes whatever the micro-batch, bytes of each part a token of it, operations a token."""
         parts, flops = self._stepped(recipe, path, plan)
+        over = self._cut_over(recipe)
         if recipe is self.recipe:  # counted whole, should its layers be unlike each other
-            parts |= _kept(recipe, self.outline)
-        fixed = {name: parts.pop(name) for name in KEPT}
+            parts |= portions.kept(recipe, self.outline, self.place, over)
+        fixed = {name: parts.pop(name) for name in (*KEPT, *(CUT if over > 1 else ()))}
         fixed["gradients"] = parts.pop(simulating.GRADIENTS, 0)
         trained = fixed.pop("trained")
-        if self.processes > 1:
+        if self._world(recipe) > 1 and over == 1:
             fixed["communication"] = trained + min(trained, 4 * gradients.CHUNK)
         tokens = plan.cost(trying.heaviest(plan))
         return fixed, {key: value / tokens for key, value in parts.items()}, flops
@@ -209,9 +220,14 @@ class _Made:
         rows = [typical, heaviest] if several else [heaviest]
         collate = path.collate(self.tokenizer.pad_token_id)
         cast = trying.autocast(recipe, replace(self.place, device=torch.device("cpu")))
+        over = self._cut_over(recipe)
+        computed = model if over == 1 else portions.computed(recipe, model, self.place)
+        part = None if over == 1 else portions.parts(model, over)
         try:
             parts = [collate(self.corpus, each) for each in rows]
-            held = simulating.held(model, parts, recipe.training, head=path.head, autocast=cast)
+            held = simulating.held(
+                computed, parts, recipe.training, head=path.head, autocast=cast, own=part
+            )
         except RuntimeError as error:  # of torch's fake tensors, in a model's own code
             raise errors.ModelError(
                 f"--plan: a step of {type(model).__name__} cannot be gone through without its "
@@ -219,10 +235,12 @@ class _Made:
                 "steps: --set training.max_steps=3."
             ) from error
         model.set_attn_implementation(own)
-        return {**held.bytes, **_kept(recipe, model)}, sum(held.flops) / sum(map(plan.cost, rows))
+        kept = portions.kept(recipe, model, self.place, over)
+        return {**held.bytes, **kept}, sum(held.flops) / sum(map(plan.cost, rows))
 
     def _filled(
         self,
+        recipe: recipes.Recipe,
         plan: plans.Plan,
         fixed: Mapping[str, int],
         per: Mapping[str, float],
@@ -230,11 +248,13 @@ class _Made:
     ) -> tuple[plans.Plan, dict[str, int]]:
         """The plan with the micro-batches that a GPU's memory holds, and the bytes of their parts.
 
-        On a CPU, and where the recipe says how large they are, those of the plan.
+        On a CPU, of a model that is cut, and where the recipe says how large they are, those of the
+        plan.
         """
         tokens, each = plan.cost(trying.heaviest(plan)), sum(per.values())
-        if self.place.device.type == "cuda" and self.recipe.training.micro_batch_tokens is None:
-            most = -(-self.recipe.training.tokens_per_step // self.processes)
+        tried = recipe.training.micro_batch_tokens is None and self._cut_over(recipe) == 1
+        if self.place.device.type == "cuda" and tried:
+            most = -(-recipe.training.tokens_per_step // self._world(recipe))
             longest = int(self.corpus.lengths.max())
             room = int((sizing.SHARE * available - sum(fixed.values())) / max(each, 1e-9))
             tokens = max(longest, min(most, room))
@@ -267,7 +287,7 @@ class _Made:
             return left
         found = psutil.virtual_memory().available + self.program
         with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
-            found = min(found, int(LIMIT.read_text()))
+            found = min(found, int(memory.LIMIT.read_text()))
         return int(found // self.processes)
 
     # --- time ---
@@ -283,9 +303,10 @@ class _Made:
             tokens = self._can_try(self._outline(self.recipe, wanted[-1]))
             if tokens:
                 training = self.recipe.training.model_copy(update={"micro_batch_tokens": tokens})
-                # Random weights are not quantised.
+                # Random weights are not quantised, and what one process tries is whole.
+                launch = self.recipe.launch.model_copy(update={"fsdp": False})
                 self.tried = self.recipe.model_copy(
-                    update={"training": training, "quantization": None}
+                    update={"training": training, "quantization": None, "launch": launch}
                 )
                 return [self._trial(layers) for layers in wanted]
         return []
@@ -372,15 +393,5 @@ class _Made:
     ) -> int:
         plan = self.planned(path, recipe)
         fixed, per, _ = self._memory(recipe, path, plan)
-        _, held = self._filled(plan, fixed, per, available)
+        _, held = self._filled(recipe, plan, fixed, per, available)
         return int(self._parts(fixed, held, allocator)["peak"])
-
-
-def _kept(recipe: recipes.Recipe, outline: Any) -> dict[str, int]:
-    """Bytes of what a model keeps for the length of a run, and of what of it is trained."""
-    return {
-        "weights": outlines.weights_bytes(outline, recipe.quantization),
-        "unpacked": outlines.unpacked_bytes(outline) if recipe.quantization else 0,
-        "optimizer": optimizers.state_bytes(outline, recipe.training),
-        "trained": sum(p.nbytes for p in outline.parameters() if p.requires_grad),
-    }

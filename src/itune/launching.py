@@ -66,10 +66,15 @@ def _refuse_sharding() -> None:
     """Refuse what the launcher asks for and this loop would not do; on a CPU nothing would tell."""
     for kind in ("deepspeed", "fsdp", "megatron_lm"):
         if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "false").lower() == "true":
+            cure = (
+                launchers.ZERO
+                if kind == "deepspeed"
+                else "Set launch.fsdp: true in the recipe (or --set launch.fsdp=true): weights, "
+                "gradients and moments are then cut over the processes."
+            )
             raise errors.EnvironmentRefusal(
                 f"accelerate launch: asks for {kind}, which itune does not take from there. Launch "
-                "without it, and set launch.fsdp: true in the recipe (or --set launch.fsdp=true): "
-                "weights, gradients and moments are then cut over the processes."
+                f"without it. {cure}"
             )
 
 

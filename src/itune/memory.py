@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container (cgroups v2)
 # What torch, its CPU allocator, cuBLAS and the allocator of Apple's GPUs write; the class alone
 # does not tell, as most of them raise a plain RuntimeError.
 SAID = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
@@ -54,6 +55,16 @@ def left(device: Any) -> int | None:
     outside, _ = torch.cuda.mem_get_info(device)
     inside = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(outside + inside)
+
+
+def host() -> int:
+    """Bytes of the machine's memory that are there to be taken, by its container's limit too."""
+    import psutil
+
+    found = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no container, or none with a limit
+        found = min(found, int(LIMIT.read_text()))
+    return found
 
 
 class Peak:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -67,16 +68,18 @@ def held(
     *,
     head: str,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    own: Any = None,
 ) -> Held:
     """What a step of these micro-batches holds and computes, of a model on the meta device.
 
     The model may be large: nothing of it is in memory, here or afterwards. `head`: as for
-    `losses.summed`. Raises what the model raises where its shapes follow from its numbers, as in
-    some mixtures of experts.
+    `losses.summed`. `own`: what a process keeps of a model that is cut, with `named_parameters`:
+    gradients and the optimizer's step are then those of its parts. Raises what the model raises
+    where its shapes follow from its numbers, as in some mixtures of experts.
     """
     made = [replace(part, columns=losses.columns(part)) for part in parts]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _given_shapes(model, mode):
-        live, flops = _Live(model), []
+        live, flops = _Live(model, 1.0 if own is None else _trained(own) / _trained(model)), []
         given = [part.each(mode.from_tensor) for part in made]
         model.train()
         for part in given:
@@ -88,7 +91,7 @@ def held(
                 del loss
             flops.append(live.flops - before)
         if settings.optim != "adamw_torch_fused":  # that one works in place, tensor by tensor
-            _step(model, settings, live)
+            _step(model if own is None else _twin(own), settings, live)
         for p in model.parameters():
             p.grad = None
     return Held(dict(live.at_peak), tuple(flops))
@@ -98,8 +101,25 @@ def _step(model: Any, settings: recipes.Training, live: _Live) -> None:
     """An optimizer's step, once its state is there."""
     made = optimizers.optimizer(model, settings)
     made.step()
+    live.know(p.grad for group in made.param_groups for p in group["params"])
+    live.know(each for fields in made.state.values() for each in fields.values())
     with live:
         made.step()
+
+
+def _trained(model: Any) -> int:
+    return sum(p.nbytes for _, p in model.named_parameters() if p.requires_grad)
+
+
+def _twin(own: Any) -> Any:
+    """A process's parts as fake tensors of the CPU that have gradients."""
+    twins = []
+    for name, p in own.named_parameters():
+        if p.requires_grad:
+            twin = torch.nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="cpu"))
+            twin.grad = torch.empty_like(twin)
+            twins.append((name, twin))
+    return SimpleNamespace(named_parameters=lambda: twins)
 
 
 @contextlib.contextmanager
@@ -134,10 +154,14 @@ def _put(module: Any, name: str, tensor: Any) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of every storage that is made within, by part, until it is gone."""
+    """Counts the bytes of every storage that is made within, by part, until it is gone.
 
-    def __init__(self, model: Any) -> None:
+    share: of each gradient, what is kept of it.
+    """
+
+    def __init__(self, model: Any, share: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._share = share
         parameters = list(model.parameters())
         self._trained = {(p.shape, p.dtype) for p in parameters if p.requires_grad}
         self._shapes = {p.shape for p in parameters if p.ndim > 1}
@@ -145,11 +169,16 @@ class _Live(TorchDispatchMode):
         weight = getattr(layer, "weight", None)
         self._wide = None if weight is None else weight.shape[0]
         self._known: Any = WeakIdKeyDictionary()
-        for tensor in (*parameters, *model.buffers()):
-            self._known[tensor.untyped_storage()] = True
+        self.know((*parameters, *model.buffers()))
         self.now: collections.Counter[str] = collections.Counter()
         self.at_peak: dict[str, int] = {}
         self._total = self._peak = self.flops = 0
+
+    def know(self, tensors: Iterable[Any]) -> None:
+        """Leave out of the count what is there already."""
+        for tensor in tensors:
+            if torch.is_tensor(tensor):
+                self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Do as told and look at what was made."""
@@ -187,6 +216,8 @@ class _Live(TorchDispatchMode):
             return
         self._known[storage] = True
         part, size = self._part(tensor), storage.nbytes()
+        if part == GRADIENTS:
+            size = int(self._share * size)
         self.now[part] += size
         self._total += size
         weakref.finalize(storage, self._gone, part, size)

@@ -201,8 +201,8 @@ def test_reviews_from_scratch_take_two_steps_each_and_are_scored(itune: Itune) -
         "training.tokens_per_step": 256,
     }
     changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-    for command in ("pretrain", "tune"):
-        done = itune(command, "--recipe", folder / f"{command}.yaml", *changes, "--json")
+    for command, more in (("pretrain", ()), ("tune", ("--set", "data.train.1.path=train.jsonl"))):
+        done = itune(command, "--recipe", folder / f"{command}.yaml", *changes, *more, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["steps"] == 2
     done = itune("eval", "--run", "runs/imdb-from-scratch-tune", "--json")

@@ -140,14 +140,16 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(file, 1):
             if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise errors.DataError(
-                    f"{name}:1: UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8."
+                    f"{name}:1: UTF-16, expected UTF-8. Convert it: "
+                    "iconv -f UTF-16 -t UTF-8 OLD > NEW."
                 )
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise errors.DataError(
                     f"{name}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
-                    f"{error.start}. Convert it, such as iconv -f LATIN1 -t UTF-8."
+                    f"{error.start}. Save it anew as UTF-8 (a spreadsheet: as CSV UTF-8), or convert "
+                    "it: iconv -f CP1252 -t UTF-8 OLD > NEW."
                 ) from error
 
 

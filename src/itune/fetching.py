@@ -68,6 +68,7 @@ def refuse_name(source: recipes.Source) -> None:
         raise errors.DataError(
             f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)}"
         )
+    files.refuse_foreign(source.path)
     if source.path in files.BUILDERS.values():
         raise errors.DataError(
             f"{source.path}: the name of a kind of file, not of one. Set path to the file itself, "

@@ -314,6 +314,7 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
             f"{names[0]}: its name does not say what is packed in it. Call it as in rows.jsonl"
             f"{suffix}."
         )
+    files.refuse_foreign(names[0])
     if suffix not in files.BUILDERS:
         raise errors.DataError(
             f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"

@@ -335,13 +335,15 @@ def _check_source(document: yamls.Document, key: yamls.Key, source: Any) -> None
         tree = _environment().parse(source)
         _environment().compile(tree)
     except jinja2.TemplateSyntaxError as error:
-        cure = "Mend the Jinja."
-        if NAME_ENDS.search(str(error.message)):
+        cure, said = "Mend the Jinja.", str(error.message)
+        if "unexpected '}'" in said:
+            cure = "A column is {{ name }}, with two braces on either side."
+        elif NAME_ENDS.search(said):
             cure += (
-                " Is it the name of a column? In {{ }} one has letters, digits and _ alone: give "
-                "the column such a name with data.train.rename."
+                " A column's name has letters, digits and _ alone: give it such a one with "
+                "data.train.rename."
             )
-        _note(document, key, error.lineno, f"{str(error.message).rstrip('.')}. {cure}")
+        _note(document, key, error.lineno, f"{said.rstrip('.')}. {cure}")
         return
     except sandbox.COMPILER_FAULTS:
         _note(document, key, 1, "nested too deeply for Jinja. Flatten it.")

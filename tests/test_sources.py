@@ -704,6 +704,14 @@ def test_a_broken_row_of_a_table_is_named(text: str, said: str) -> None:
         rows_of(text_file("a.csv", text))
 
 
+def test_a_folder_of_texts_says_that_each_line_is_a_row() -> None:
+    text_file("t/a.txt", "one\ntwo\n")
+    text_file("t/b.txt", "three\n")
+    [note] = sources_.read(recipes.Source(path="t")).notes
+    assert note == "t: 2 files, each line of them a row; sample_by: document makes one of each file"
+    assert sources_.read(recipes.Source(path="t", sample_by="document")).notes == ()
+
+
 def test_a_row_of_a_table_is_at_the_line_that_it_begins_in() -> None:
     text_file("t/a.csv", 'prompt;completion\n\n"one\ntwo";x\nthree;y\n')
     text_file("t/b.csv", "prompt;completion\nfour;z\n")

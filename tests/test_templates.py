@@ -126,6 +126,7 @@ ROWS = {
     "{{ txt }}": "the row has no column 'txt'. Did you mean 'text'? It has answers, output, text.",
     "{{ zzz }}": "the row has no column 'zzz'. It has answers, output, text.",
     "{{ answers.txt }}": "'dict object' has no attribute 'txt'",
+    "{{ answers.text.x }}": "attribute 'x'. Take one of the list, [0], or | map(attribute='x')",
     "{{ answers.text[9] }}": "list object has no element 9",
     "{{ answers }}": "an expression is a mapping of 2 keys, not text.",
     "{{ answers.text }}": "an expression is a list of 2, not text. Take one, or | join.",

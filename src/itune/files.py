@@ -164,8 +164,8 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 raise errors.DataError(
                     f"{name}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
-                    f"{error.start}. Save it anew as UTF-8 (spreadsheets: as CSV UTF-8), or convert "
-                    "it: iconv -f CP1252 -t UTF-8 OLD > NEW."
+                    f"{error.start}. Save it anew as UTF-8 (spreadsheets: as CSV UTF-8), or "
+                    "convert it: iconv -f CP1252 -t UTF-8 OLD > NEW."
                 ) from error
 
 

@@ -259,6 +259,11 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         features = tables.features(table)
         options |= tables.options(table)
         notes = tuple(f"{source.path}: {each}" for each in tables.told(table, suffix))
+    if suffix == ".txt" and source.sample_by is None and len(names) > 1:
+        notes += (
+            f"{source.path}: {len(names)} files, each line of them a row; sample_by: document "
+            "makes one of each file",
+        )
     # Kept by what is in the files: `datasets` itself goes by their time of change alone.
     kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
     cache.use(kept)

@@ -228,6 +228,11 @@ FIELDS = {
     "adamw_torch, adafactor, sgd, found 'adamw'.",
     "training: {train_on: lst}": "x.yaml:4: training.train_on: expected one of assistant, last, "
     "found 'lst'. Did you mean 'last'?",
+    "training: {lr: 0.1}": "x.yaml:4: training.lr: unknown key. Here it is learning_rate.",
+    "training: {epochs: 1}": "x.yaml:4: training.epochs: unknown key. Here it is num_train_epochs.",
+    "training: {batch_size: 8}": "x.yaml:4: training.batch_size: unknown key. A step is measured "
+    "in tokens: tokens_per_step.",
+    "lora: {r: 8}": "x.yaml:4: lora: unknown key. Write adapter: {peft_type: lora, r: 16}.",
     "training: [1]": "x.yaml:4: training: expected a mapping of keys, found a list of 1.",
     "evaluation: {metrics: f1}": "x.yaml:4: evaluation.metrics: expected a list, found 'f1'. "
     "Write [f1].",

@@ -692,6 +692,9 @@ def test_quotes_of_a_tsv_that_enclose_no_cells_are_text() -> None:
         ("a,b\n1,2,\n", r"a\.csv:2: 3 cells"),
         ('a,b\n1,2\n"3,4\n5,6\n', r"a\.csv:3: a quote opens in this row and none closes it"),
         ('a,b\n"he said "hi" there",2\n', r"a\.csv:2: text after the quote"),
+        ('a,b\n"x,2\ny",3\n"p "q",2\n', r"a\.csv:4: text after the quote"),
+        ('a,b\n1,"x\ny "z" w"\n', r"a\.csv:3: text .*, in the row that begins in line 2\."),
+        ("a,b\n1,2\n,\n3,4\n, \n", r"a\.csv:3: a row of empty cells alone.*; 2 such rows\."),
         ("a,a\n1,2\n", r"a\.csv:1: two columns are called 'a'"),
         ("a,b\n", r"a\.csv: 0 rows, only the names of columns"),
     ],
@@ -699,6 +702,22 @@ def test_quotes_of_a_tsv_that_enclose_no_cells_are_text() -> None:
 def test_a_broken_row_of_a_table_is_named(text: str, said: str) -> None:
     with pytest.raises(errors.DataError, match=said):
         rows_of(text_file("a.csv", text))
+
+
+def test_a_folder_of_texts_says_that_each_line_is_a_row() -> None:
+    text_file("t/a.txt", "one\ntwo\n")
+    text_file("t/b.txt", "three\n")
+    [note] = sources_.read(recipes.Source(path="t")).notes
+    assert note == "t: 2 files, each line of them a row; sample_by: document makes one of each file"
+    assert sources_.read(recipes.Source(path="t", sample_by="document")).notes == ()
+
+
+def test_a_row_of_a_table_is_at_the_line_that_it_begins_in() -> None:
+    text_file("t/a.csv", 'prompt;completion\n\n"one\ntwo";x\nthree;y\n')
+    text_file("t/b.csv", "prompt;completion\nfour;z\n")
+    rows = sources_.read(recipes.Source(path="t"))
+    places = [rows.place(index) for index in range(3)]
+    assert places == ["t/a.csv:3", "t/a.csv:5", "t/b.csv:2"]
 
 
 def test_files_of_a_table_are_one_table() -> None:

@@ -126,6 +126,7 @@ ROWS = {
     "{{ txt }}": "the row has no column 'txt'. Did you mean 'text'? It has answers, output, text.",
     "{{ zzz }}": "the row has no column 'zzz'. It has answers, output, text.",
     "{{ answers.txt }}": "'dict object' has no attribute 'txt'",
+    "{{ answers.text.x }}": "attribute 'x'. Take one of the list, [0], or | map(attribute='x')",
     "{{ answers.text[9] }}": "list object has no element 9",
     "{{ answers }}": "an expression is a mapping of 2 keys, not text.",
     "{{ answers.text }}": "an expression is a list of 2, not text. Take one, or | join.",
@@ -297,12 +298,14 @@ FAULTS = {
     HEAD + P + "system: 'Judge {{ text }}.'\n": "x.yaml:4: system: is the same for all rows.",
     HEAD + P + "references: '{{ answers }}'\n": "x.yaml:4: references: expected an expression",
     HEAD + P + "references: answers text\n": "x.yaml:4: references: ",
-    HEAD + "prompts: '{{ text }}'\n": "x.yaml:3: prompts: expected a list, found '{{ text }}'.",
+    HEAD + "prompts: '{{ text }}'\n": "x.yaml:3: prompts: expected a list, found '{{ text }}'. "
+    'Write ["{{ text }}"].',
     HEAD + "prompts: ['Judge: {text}']\n": "x.yaml:3: prompts.0: '{text}' is no Jinja and would "
     "stay as it is. A column is {{ text }}.",
     HEAD + "prompts: [1]\n": "x.yaml:3: prompts.0: expected text, found 1. Put it in quotes.",
     HEAD + "prompts:\n  - a\n  - '{% if %}'\n": "x.yaml:5: prompts.1: Expected an expression",
-    HEAD + "prompts:\n  - |\n    a\n    {{ b }\n": "x.yaml:6: prompts.0: unexpected '}'",
+    HEAD + "prompts:\n  - |\n    a\n    {{ b }\n": "x.yaml:6: prompts.0: unexpected '}'. A "
+    "column is {{ name }}, with two braces on either side.",
     HEAD + "prompts: ['{{ text | nosuch }}']\n": "x.yaml:3: prompts.0: No filter named 'nosuch'",
     HEAD + "prompts: ['{{ text | random }}']\n": "No filter named 'random'",
     HEAD + "prompts: [\"{% include '/etc/passwd' %}\"]\n": "x.yaml:3: prompts.0: include is not "

@@ -61,6 +61,12 @@ def test_results_may_go_unread(line: str, code: int, tmp_path: Path) -> None:
     assert "\x1b" not in ended.stdout + ended.stderr
 
 
+def test_nothing_is_said_of_the_cache_when_python_ends(tmp_path: Path) -> None:
+    code = f"from itune import cache; from pathlib import Path; cache.use(Path('{tmp_path}/a/b'))"
+    ended = shell(f'{sys.executable} -X dev -c "{code}"')
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_what_lies_where_one_stands_is_not_imported(tmp_path: Path) -> None:
     for name in ("json.py", "yaml.py", "accuracy/accuracy.py", "accuracy.py"):
         path = tmp_path / name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -72,6 +73,8 @@ def use(folder: Path) -> None:
     mark = _mark(folder)
     try:
         if mark not in _marks:
+            if not _marks:
+                atexit.register(_let_go)
             mark.parent.mkdir(parents=True, exist_ok=True)
             file = mark.open("a")
             fcntl.flock(file, fcntl.LOCK_SH)
@@ -82,6 +85,12 @@ def use(folder: Path) -> None:
             raise
     if len(_marks) > HELD:
         _marks.pop(next(iter(_marks))).close()
+
+
+def _let_go() -> None:
+    """Close the marks while Python still can: later it warns of each on the user's terminal."""
+    while _marks:
+        _marks.popitem()[1].close()
 
 
 def prune() -> None:

@@ -66,8 +66,11 @@ def refuse_name(source: recipes.Source) -> None:
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = [each for each in near if files.kind(each) is not None]
         raise errors.DataError(
-            f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)}"
+            f"{source.path}: no such file, in {Path.cwd()}.{errors.nearest(path.name, near)} "
+            "Start itune where it is, or give another with --set data.train.path=FILE or "
+            "data.eval.path=FILE."
         )
+    files.refuse_foreign(source.path)
     if source.path in files.BUILDERS.values():
         raise errors.DataError(
             f"{source.path}: the name of a kind of file, not of one. Set path to the file itself, "

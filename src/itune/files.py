@@ -22,6 +22,13 @@ BUILDERS = {
     ".txt": "text",
 }
 SAME = {".ndjson": ".jsonl"}  # another name of a kind
+# Kinds that people keep rows in and that are not read, with what becomes of them.
+FOREIGN = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "Save it as CSV UTF-8"),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pdf", ".html"), "Save its text as .txt"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "Save the table as CSV or Parquet"),
+    **dict.fromkeys((".pkl", ".pickle", ".npy", ".pt"), "Save the rows as JSONL or Parquet"),
+}
 # chosen: far below where Python's own reader gives up, far above any row of data.
 DEEPEST = 100
 
@@ -37,6 +44,15 @@ def kind(path: str | Path) -> str | None:
     inner = path.with_suffix("") if path.suffix.lower() in unpacking.PACKED else path
     suffix = SAME.get(inner.suffix.lower(), inner.suffix.lower())
     return suffix if suffix in BUILDERS else None
+
+
+def refuse_foreign(name: str) -> None:
+    """Raise DataError for a file of a kind that is not read, and say what to save it as."""
+    suffix = Path(name).suffix.lower()
+    if suffix in FOREIGN:
+        raise errors.DataError(
+            f"{name}: files of the kind {suffix} are not read. {FOREIGN[suffix]}, and name that."
+        )
 
 
 # --- what is wrong with a file ------------------------------------------------------------
@@ -140,14 +156,16 @@ def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(file, 1):
             if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise errors.DataError(
-                    f"{name}:1: UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8."
+                    f"{name}:1: UTF-16, expected UTF-8. Convert it: "
+                    "iconv -f UTF-16 -t UTF-8 OLD > NEW."
                 )
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise errors.DataError(
                     f"{name}:{number}: not UTF-8, byte 0x{line[error.start]:02x} at "
-                    f"{error.start}. Convert it, such as iconv -f LATIN1 -t UTF-8."
+                    f"{error.start}. Save it anew as UTF-8 (spreadsheets: as CSV UTF-8), or "
+                    "convert it: iconv -f CP1252 -t UTF-8 OLD > NEW."
                 ) from error
 
 

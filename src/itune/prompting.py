@@ -167,7 +167,9 @@ def located(where: str, kind: type[errors.UserError] = errors.DataError) -> Iter
     try:
         yield
     except errors.UserError as error:
-        raise kind(f"{where}: {error}") from error
+        column = getattr(error, "column", "") if where == "--field" else ""
+        cure = f" Write --field {column}=VALUE." if column else ""
+        raise kind(f"{where}: {error}{cure}") from error
 
 
 def _conversations(asked: Asked) -> Iterator[Conversation]:

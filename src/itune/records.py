@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -66,6 +67,30 @@ def leaves(data: Any, key: yamls.Key = ()) -> Iterable[tuple[yamls.Key, Any]]:
     return held or [(key, data)]
 
 
+# What other programs call a key whose name here is not near theirs.
+_STEP = " A step is measured in tokens: tokens_per_step."
+_LENGTH = " Here it is max_length, in tokens."
+ELSEWHERE = {
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), " Here it is num_train_epochs."),
+    **dict.fromkeys(("steps", "num_steps", "total_steps"), " Here it is max_steps."),
+    **dict.fromkeys(("lr", "learnrate"), " Here it is learning_rate."),
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size", "micro_batch_size", "train_batch_size"), _STEP
+    ),
+    **dict.fromkeys(("gradient_accumulation_steps", "grad_accumulation_steps"), _STEP),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "block_size"), _LENGTH),
+    **dict.fromkeys(("seq_len", "sequence_len", "context_length"), _LENGTH),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), " Here it is lr_scheduler_type."),
+    **dict.fromkeys(("optimizer", "optimiser"), " Here it is optim."),
+    "warmup_ratio": " A share of all steps is a warmup_steps below 1.",
+    "report_to": " Here it is tracking.log_with.",
+    "output_dir": " Here it is output.dir.",
+    "lora": " Write adapter: {peft_type: lora, r: 16}.",
+    "peft": " Write adapter: {peft_type: lora, r: 16}.",
+    "dataset": " Here it is data.",
+}
+
+
 # --- pydantic's errors, in our words ------------------------------------------------------------
 
 
@@ -79,7 +104,8 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
     owner, info = _field(record, location)
     if error["type"] == "extra_forbidden":
         known = [] if owner is None else keys_of(owner)
-        what = f"unknown key.{errors.nearest(str(key[-1]), known)}"
+        elsewhere = ELSEWHERE.get(str(key[-1]).lower().replace("-", "_"))
+        what = f"unknown key.{elsewhere or errors.nearest(str(key[-1]), known)}"
     elif error["type"] == "missing":
         about = f" Add it: {_first_sentence(info)}." if info is not None else " Add it."
         what = f"is missing.{about}"
@@ -190,8 +216,14 @@ def _quotes(name: str, value: Any) -> str:
         if (name in ("int", "float") and number) or (name == "bool" and isinstance(plain, bool)):
             return " Take the quotes off."
         if name in ("tuple", "list"):
-            return f" Write [{errors.inert(value)[:40]}]."
+            return f" Write [{_in_yaml(value)[:80]}]."
     return ""
+
+
+def _in_yaml(text: str) -> str:
+    """A text as YAML takes it for one: in quotes where a sign in it would have a meaning."""
+    plain = re.fullmatch(r"[\w./-]+(?: [\w./-]+)*", text) and yamls.resolve(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 def _as_path(value: Any, info: FieldInfo | None) -> str:

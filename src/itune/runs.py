@@ -258,7 +258,8 @@ def _refuse_changes(run: Run, recipe: recipes.Recipe, allowed: Sequence[str]) ->
     if shown:
         raise errors.RunError(
             f"{run.dir}: holds a run of another recipe ({shown}). Choose another folder with "
-            "--output, move that run aside with --fresh, or accept a change with --allow-change."
+            "--output, move that run aside with --fresh, or go on with "
+            f"{' '.join(f'--allow-change {key}' for key, *_ in changes[:5])}."
         )
 
 

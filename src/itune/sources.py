@@ -25,7 +25,7 @@ class Rows:
 
     `data` is a `datasets.Dataset`, or an IterableDataset where the source is streamed. `identity`
     is plain data that differs whenever the rows do. `commit` is that of a hub data set. `notes`
-    are for the user. `lines` are JSONL files in which row i is the i-th line that is not blank.
+    are for the user. `lines` are files of JSONL, or of a `table`, that hold all rows in order.
     `taken` are the numbers that the rows have in the whole source where a limit left some out.
     """
 
@@ -36,6 +36,7 @@ class Rows:
     notes: tuple[str, ...] = ()
     lines: tuple[tuple[str, Path], ...] = ()
     taken: np.ndarray | None = None
+    table: tables.Table | None = None
 
     def number(self, index: int) -> int:
         """The number, from 0, that a row of `data` has in the whole source."""
@@ -66,7 +67,9 @@ class Rows:
     def place(self, index: int) -> str:
         """Where a row stands, for messages: its file and line where they are known."""
         number = self.number(index)
-        found = files.line_of([path for _, path in self.lines], number) if self.lines else None
+        paths = [path for _, path in self.lines]
+        line_of = files.line_of if self.table is None else self.table.line_of
+        found = line_of(paths, number) if paths else None
         if found is None:
             return f"{self.source.path} row {number + 1}"
         return f"{self.lines[found[0]][0]}:{found[1]}"
@@ -246,7 +249,8 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
     digests = [cache.digest(each) for each in paths]
     content: list[Any] = [*digests]
-    features = None
+    features: Any = None
+    table: tables.Table | None = None
     if builder == "csv":
         table = tables.look(paths, names, suffix)
         if source.template is None:  # a format's columns are texts, whatever they look like
@@ -255,6 +259,11 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         features = tables.features(table)
         options |= tables.options(table)
         notes = tuple(f"{source.path}: {each}" for each in tables.told(table, suffix))
+    if suffix == ".txt" and source.sample_by is None and len(names) > 1:
+        notes += (
+            f"{source.path}: {len(names)} files, each line of them a row; sample_by: document "
+            "makes one of each file",
+        )
     # Kept by what is in the files: `datasets` itself goes by their time of change alone.
     kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
     cache.use(kept)
@@ -265,10 +274,10 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
                 f"{name}: changed while it was read (sha256 {digest[:12]} before, "
                 f"{cache.digest(path)[:12]} now). Let whoever writes it finish, then run again."
             )
-    plain = suffix == ".jsonl" and not notes and "[" not in split
+    plain = (table is not None or (suffix == ".jsonl" and not notes)) and "[" not in split
     identity = ["files", builder, content, options, split if "[" in split else None, False]
     lines = tuple(zip(names, paths, strict=True)) if plain else ()
-    return Rows(source, rows, identity, notes=notes, lines=lines)
+    return Rows(source, rows, identity, notes=notes, lines=lines, table=table)
 
 
 def _stream(
@@ -310,6 +319,7 @@ def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
             f"{names[0]}: its name does not say what is packed in it. Call it as in rows.jsonl"
             f"{suffix}."
         )
+    files.refuse_foreign(names[0])
     if suffix not in files.BUILDERS:
         raise errors.DataError(
             f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"

@@ -6,7 +6,9 @@ as Python writes it: `007`, `1.50` and `1e3` stay what they are, and so do the w
 
 from __future__ import annotations
 
+import array
 import csv
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from itune import cache, errors
 WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 TRUTHS = frozenset({"true", "false", "True", "False", "TRUE", "FALSE"})
 TYPES = ("int64", "float64", "bool")
+LARGEST_LOOKED = 100 << 20  # chosen: going through so many bytes takes some seconds
 LONGEST = 1 << 30  # chosen: a cell may be as long as any row; Python's own limit is 128 KiB
 
 
@@ -29,6 +32,28 @@ class Table:
     sep: str
     quoted: bool = True
     columns: dict[str, str] = field(default_factory=dict)
+
+    def line_of(self, paths: Sequence[Path], row: int) -> tuple[int, int] | None:
+        """(which file, which line) a row of the table begins at, both counted from its first file.
+
+        None where there is no such row, or where to look for it would take long.
+        """
+        if sum(path.stat().st_size for path in paths) > LARGEST_LOOKED:
+            return None
+        for number, path in enumerate(paths):
+            lines = _begins(path, self.sep, self.quoted)
+            if row < len(lines):
+                return number, lines[row]
+            row -= len(lines)
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _begins(path: Path, sep: str, quoted: bool) -> array.array[int]:
+    """The line that each row of a file begins in; the file has been found to be whole."""
+    rows = _rows(path, str(path), sep, quoted=quoted)
+    next(rows)
+    return array.array("q", (line for line, _ in rows))
 
 
 def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
@@ -42,7 +67,7 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
         def make(_folder: Path, path: Path = path, name: str = name) -> dict[str, Any]:
             return vars(_looked(path, name, suffix))
 
-        key = cache.fingerprint([cache.digest(path), suffix, "tables", "2"])
+        key = cache.fingerprint([cache.digest(path), suffix, "tables", "3"])
         found.append(Table(**cache.entry("checked", key, make)[1]))
     first = found[0]
     for table, name in zip(found, names, strict=True):
@@ -120,6 +145,7 @@ def _columns(path: Path, name: str, sep: str, *, quoted: bool) -> tuple[dict[str
         raise errors.DataError(f"{name}:1: two columns are called {twice[0]!r}. Rename one.")
     kinds: list[str | None] = [None] * len(names)  # None: no cell yet that says anything
     missing, count = [False] * len(names), 0
+    void: list[int] = []
     for line, row in rows:
         if len(row) != len(names):
             cells = f"{len(row)} cell{'s' * (len(row) != 1)}"
@@ -128,6 +154,8 @@ def _columns(path: Path, name: str, sep: str, *, quoted: bool) -> tuple[dict[str
                 f"({errors.inert(', '.join(names))}). A cell that holds {sep!r} goes in quotes."
             )
         count += 1
+        if len(row) > 1 and not any(map(str.strip, row)):
+            void.append(line)
         for k, cell in enumerate(row):
             if not cell:
                 missing[k] = True
@@ -135,6 +163,12 @@ def _columns(path: Path, name: str, sep: str, *, quoted: bool) -> tuple[dict[str
                 kinds[k] = _kind(cell, kinds[k])
     if not count:
         raise errors.DataError(f"{name}: 0 rows, only the names of columns. Check how it was made.")
+    if void:
+        rest = f"; {len(void)} such rows" if len(void) > 1 else ""
+        raise errors.DataError(
+            f"{name}:{void[0]}: a row of empty cells alone, as spreadsheets leave below a table"
+            f"{rest}. Delete {'these rows' if rest else 'it'}."
+        )
     # The reader's whole numbers and truth values know no gaps.
     types = [
         "string" if kind is None or (gap and kind != "float64") else kind
@@ -188,8 +222,9 @@ def _broken(name: str, begins: int, line: int, said: str) -> errors.DataError:
             'quote that is text is written twice, "", in a cell in quotes.'
         )
     if "expected after" in said:
+        row = f", in the row that begins in line {begins}" if begins != line else ""
         return errors.DataError(
-            f"{name}:{line}: text after the quote that closes a cell. Write a quote that is text "
-            'twice, "", in a cell in quotes.'
+            f"{name}:{line}: text after the quote that closes a cell{row}. Write a quote that is "
+            'text twice, "", in a cell in quotes.'
         )
     return errors.DataError(f"{name}:{line}: {said}. Mend the row.")

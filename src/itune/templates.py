@@ -27,6 +27,7 @@ Task = Literal["classification", "qa", "translation", "summarization", "generati
 SINGLE = re.compile(r"\{\s*([A-Za-z_]\w*)\s*\}")  # as other programs write a column
 # What Jinja says of `{{ Guest wrote }}` and `{{ done? }}`.
 NAME_ENDS = re.compile(r"unexpected char|end of print statement', got '?[^\W\d]")
+LIST_ATTRIBUTE = re.compile(r"'list object' has no attribute ('\w+')")
 LARGEST_TEXT = 1_000_000  # characters that one prompt or answer may have beside its row's texts
 LOADERS = {
     jinja2.nodes.Extends: "extends",
@@ -54,7 +55,7 @@ def _expression(source: str) -> Any:
 class MissingColumn(errors.DataError):
     """A row has no column that the template reads; `cure` is the line of a recipe that mends it."""
 
-    cure = ""
+    cure = column = ""
 
 
 class Template(records.Record):
@@ -176,7 +177,10 @@ class Template(records.Record):
             what = f"column {empty[0]!r} is empty (null) in this row"
             said = f"{{{{ {empty[0]} | default('...', true) }}}}"
             self._refuse(key, f"{what}. Fill it in, take the row out, or write {said}", error)
-        self._refuse(key, f"{errors.inert(str(error)).rstrip('.')}", error)
+        said = errors.inert(str(error)).rstrip(".")
+        if found := LIST_ATTRIBUTE.search(said):
+            said += f". Take one of the list, [0], or | map(attribute={found[1]}) | list"
+        self._refuse(key, said, error)
 
     def _no_choice(self, text: str) -> str:
         """What is wrong with an answer that is none of the choices, and its cure."""
@@ -203,6 +207,7 @@ class Template(records.Record):
             said += f" Did you mean {errors.inert(meant)!r}?"
         place = self._places.get(key, self.name)
         error = MissingColumn(errors.masked(f"{place}: {key}: {said} It has {_has(row)}."))
+        error.column = name
         if free:
             old = meant or (free[0] if len(free) == 1 else None)
             written = "THE COLUMN" if old is None else _quoted(old)
@@ -335,13 +340,15 @@ def _check_source(document: yamls.Document, key: yamls.Key, source: Any) -> None
         tree = _environment().parse(source)
         _environment().compile(tree)
     except jinja2.TemplateSyntaxError as error:
-        cure = "Mend the Jinja."
-        if NAME_ENDS.search(str(error.message)):
+        cure, said = "Mend the Jinja.", str(error.message)
+        if "unexpected '}'" in said:
+            cure = "A column is {{ name }}, with two braces on either side."
+        elif NAME_ENDS.search(said):
             cure += (
-                " Is it the name of a column? In {{ }} one has letters, digits and _ alone: give "
-                "the column such a name with data.train.rename."
+                " A column's name has letters, digits and _ alone: give it such a one with "
+                "data.train.rename."
             )
-        _note(document, key, error.lineno, f"{str(error.message).rstrip('.')}. {cure}")
+        _note(document, key, error.lineno, f"{said.rstrip('.')}. {cure}")
         return
     except sandbox.COMPILER_FAULTS:
         _note(document, key, 1, "nested too deeply for Jinja. Flatten it.")

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from itune import (
     console,
@@ -59,27 +59,12 @@ def still() -> None:
 
     # transformers warns of a name that peft still uses; nobody who tunes can do anything about it.
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-    warnings.showwarning = _told_in_a_line
+    warnings.showwarning = launching.warn_of_library
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity(logging.CRITICAL)
     datasets.disable_progress_bars()
-
-
-def _told_in_a_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """What Python does with a library's warning: neither file nor line of it helps a user."""
-    parts = Path(filename).parts
-    inside = [parts.index(each) for each in ("site-packages", "dist-packages") if each in parts]
-    name = parts[inside[0] + 1] if inside else Path(filename).stem
-    launching.warn_of_library(name, str(message))
 
 
 def emit(common: Common, value: Mapping[str, Any]) -> None:

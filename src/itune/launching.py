@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from itune import beats, errors, launchers, runs, signals
 
@@ -209,10 +209,25 @@ def warn(message: str) -> None:
         sys.stderr.write(f"warning: {errors.inert(errors.masked(message))}\n")
 
 
-@functools.lru_cache(maxsize=100)
-def warn_of_library(name: str, message: str) -> None:
-    """Tell the user what a library warns of, in one line, once for each message."""
-    warn(f"{name}: {' '.join(message.split())}")
+def warn_of_library(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """What is put in the place of `warnings.showwarning`: one line, once for each message.
+
+    Neither the file nor the line of a library helps a user, so it is named alone.
+    """
+    parts = Path(filename).parts
+    inside = [parts.index(each) for each in ("site-packages", "dist-packages") if each in parts]
+    name = parts[inside[0] + 1] if inside else Path(filename).stem
+    _warn_once(f"{name}: {' '.join(str(message).split())}")
+
+
+_warn_once = functools.lru_cache(maxsize=100)(warn)
 
 
 def end_with_launcher() -> None:

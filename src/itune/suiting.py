@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,15 @@ def refuse(recipe: recipes.Recipe) -> None:
     """Raise UserError for a model from scratch, its objective or an adapter that will not do."""
     kind = configs.family_of(recipe.model)
     families.refuse_idle(kind, recipe.training)
-    below = None
+    base, replaced = None, False
     if recipe.model.name is not None:
-        location = locating.resolve(recipe.model.name, recipe.model.revision)
-        below = locating.adapter_of(location)
-        if below is not None:
-            _refuse_below(recipe.model, location, below)
+        base = locating.resolve(recipe.model.name, recipe.model.revision)
+        if (below := locating.adapter_of(base)) is not None:
+            _refuse_below(recipe.model, base, below)
+            base = below.get("base_model_name_or_path")
+            replaced = bool(below.get("modules_to_save"))
     if recipe.adapter is not None:
-        _refuse_adapter(recipe, recipe.adapter, below, kind)
+        _refuse_adapter(recipe, recipe.adapter, base, kind, replaced=replaced)
     elif recipe.model.from_scratch is not None:
         _outline(recipe.model)
 
@@ -37,23 +39,30 @@ def _refuse_below(wanted: recipes.Model, location: str, settings: Mapping[str, A
 
     place = f"model.name: {wanted.name}"
     adapters.refuse_unfoldable(place, settings, folding.NOTHING_ON_TOP)
-    made, known = _outline(wanted), peft.PeftConfig.from_pretrained(location)
-    known.base_model_name_or_path = None
+    made = _outline(wanted)
     try:
+        known = peft.PeftConfig.from_pretrained(location)
+        known.base_model_name_or_path = None
         with _for_a_look():
             made = peft.get_peft_model(made, known)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError):
         return  # an adapter that does not go with its base is told of where it is loaded
-    folding.refuse_below(str(wanted.name), made, tied=_is_tied(made, settings))
+    tied = _is_tied(made, settings.get("base_model_name_or_path"))
+    folding.refuse_below(str(wanted.name), made, tied=tied)
 
 
 def _refuse_adapter(
     recipe: recipes.Recipe,
     settings: Mapping[str, Any],
-    below: Mapping[str, Any] | None,
+    base: str | None,
     kind: str,
+    *,
+    replaced: bool,
 ) -> None:
-    """Refuse an adapter that does not go on the model, or that is to be merged and cannot be."""
+    """Refuse an adapter that does not go on the model, or that is to be merged and cannot be.
+
+    base: whose saved weights tell of heads and ties, if `replaced` is not true of some of them.
+    """
     adapters.config(settings, kind)
     if recipe.output.merge:
         cure = "nothing can be merged. Set output.merge: false."
@@ -61,10 +70,9 @@ def _refuse_adapter(
     made = _outline(recipe.model)
     if made is None:
         return
-    base = below or {"base_model_name_or_path": recipe.model.name}
-    if kind == families.MASKED and _is_headless(made, base):
+    if kind == families.MASKED and not replaced and _is_headless(made, base):
         adapters.refuse_no_head(settings)
-    tied = _is_tied(made, base)
+    tied = not replaced and _is_tied(made, base)
     try:
         with _for_a_look():
             made = adapters.attach(made, adapters.blank(settings), base="", seed=0, family=kind)
@@ -94,14 +102,15 @@ def _for_a_look() -> Iterator[None]:
         yield
 
 
-def _names(base: Mapping[str, Any]) -> set[str]:
-    """The names of the weights that an adapter's base was saved with, where it is a folder here."""
-    name = base.get("base_model_name_or_path")
-    folder = locating.local(name) if name else None
-    return weights.names(folder) if folder else set()
+def _names(base: str | None) -> set[str]:
+    """The names of the weights that a model was saved with, where it is a folder here."""
+    if base is None or not Path(base).is_dir():
+        return set()
+    weights.check(base)
+    return weights.names(base)
 
 
-def _is_tied(made: Any, base: Mapping[str, Any]) -> bool:
+def _is_tied(made: Any, base: str | None) -> bool:
     """Whether what a config ties is tied when it is loaded: not where both weights were saved."""
     inner = made.get_base_model() if hasattr(made, "get_base_model") else made
     saved = _names(base)
@@ -111,7 +120,7 @@ def _is_tied(made: Any, base: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_headless(made: Any, base: Mapping[str, Any]) -> bool:
+def _is_headless(made: Any, base: str | None) -> bool:
     """Whether an encoder was saved without any part of its head."""
     saved = {name.partition(".")[0] for name in _names(base)}
     inside = f"{made.base_model_prefix}."

@@ -46,7 +46,7 @@ from itune import (
 WHOLE = 6  # chosen: layers up to which a step is gone through whole; beyond, what one more adds
 FEW, MORE = 2, 4
 KEPT = ("weights", "unpacked", "optimizer", "trained")
-CUT = ("gathered", "communication")  # beside them, of a model that is cut over processes
+CUT = ("gathered", "communication", "whole")  # beside them, of a model that is cut over processes
 
 
 def forecast(
@@ -263,6 +263,9 @@ class _Made:
         self, fixed: Mapping[str, int], held: Mapping[str, int], allocator: float
     ) -> dict[str, int]:
         parts = {**fixed, **held}
+        whole = parts.pop("whole", 0)
+        if whole > sum(parts.values()):
+            parts["loading"] = whole - sum(parts.values())
         parts["allocator"] = int(allocator * sum(parts.values()))
         if self.place.device.type == "cpu":
             parts = {"program": self.program, **parts}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from itune import compiling, jobs, models, optimizers, outlines, recipes
+from itune import compiling, jobs, layerwise, models, optimizers, outlines, recipes
 
 
 def kept(
@@ -36,6 +36,8 @@ def kept(
         "unpacked": 0,
         "optimizer": optimizers.state_bytes(own, recipe.training),
         "trained": _bytes(p for p in own.parameters() if p.requires_grad),
+        # What each process holds for a while before it is cut, and needs no other part beside.
+        "whole": 0 if layerwise.why_whole(recipe) is None else _bytes(outline.parameters()),
         **_gathered(
             outline,
             computed(recipe, outline, place),

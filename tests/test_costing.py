@@ -209,6 +209,10 @@ def test_what_is_gathered_is_the_same_over_any_number_of_processes(tiny_model_di
         assert found["trained"] == pytest.approx(every / processes, rel=0.01)
     assert kept(2, reshard_after_forward=False)["gathered"] == root + (len(layers) + 1) * layer
 
+    away = kept(2, cpu_offload=True)
+    assert (away["weights"], away["optimizer"]) == (sum(b.nbytes for b in model.buffers()), 0)
+    assert away["gathered"] == kept(2)["gathered"]
+
 
 def test_what_has_to_be_whole_before_it_is_cut_is_counted() -> None:
     """As much of it as nothing else needs at another time."""

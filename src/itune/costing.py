@@ -180,6 +180,8 @@ class _Made:
             parts |= portions.kept(recipe, self.outline, self.place, over)
         fixed = {name: parts.pop(name) for name in (*KEPT, *(CUT if over > 1 else ()))}
         fixed["gradients"] = parts.pop(simulating.GRADIENTS, 0)
+        if over > 1 and portions.offloads(recipe, self.place):
+            fixed["gradients"] = 0
         trained = fixed.pop("trained")
         if self._world(recipe) > 1 and over == 1:
             fixed["communication"] = trained + min(trained, 4 * gradients.CHUNK)

@@ -18,7 +18,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from itune import batches, errors, launching, losses, memory, probing, recipes
@@ -104,6 +109,8 @@ def _shard(
     mixed = accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
+    if launch.cpu_offload and accelerator.device.type != "cpu":
+        options["offload_policy"] = CPUOffloadPolicy()
     for layer in layers:
         fill(layer)
         fully_shard(layer, reshard_after_forward=launch.reshard_after_forward, **options)

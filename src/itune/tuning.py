@@ -169,6 +169,10 @@ def _is_cut(recipe: recipes.Recipe, accelerator: Accelerator, screen: watching.W
     if recipe.launch.fsdp and accelerator.num_processes == 1:
         screen.say("launch.fsdp: one process, which holds the whole model; nothing is cut")
         return False
+    if recipe.launch.cpu_offload and accelerator.device.type == "cpu":
+        screen.say(
+            "launch.cpu_offload: this computes on a CPU, in whose memory all parts are anyway"
+        )
     return recipe.launch.fsdp
 
 

@@ -79,7 +79,11 @@ ORDER = (
     "adapters",
     "folding",
     "models",
+<<<<<<< HEAD
     "suiting",
+=======
+    "outlines",
+>>>>>>> eight
     "fingerprints",
     "checkpoints",
     "bests",
@@ -87,6 +91,7 @@ ORDER = (
     "jobs",
     "diverging",
     "compiling",
+    "layerwise",
     "averaging",
     "optimizers",
     "feeding",
@@ -126,7 +131,6 @@ ORDER = (
     "pushing",
     "rehearsing",
     "tuning",
-    "outlines",
     "portions",
     "simulating",
     "trying",

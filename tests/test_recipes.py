@@ -257,6 +257,8 @@ FIELDS = {
     "two out.",
     "launch: {fsdp: full_shard}": "x.yaml:4: launch.fsdp: expected true or false, found "
     "'full_shard'.",
+    "launch: {cpu_offload: true}": "x.yaml:4: launch.cpu_offload: only parts of a model that is "
+    "cut are kept in the machine's memory. Set launch.fsdp: true too, or take it out.",
     "launch: {deepspeed: zero3.json}": f"x.yaml:4: launch.deepspeed: itune runs no DeepSpeed. "
     f"{launchers.ZERO}",
     'output: {dir: "a\\0b"}': "x.yaml:4: output.dir: 'a\\x00b' holds a control character. "

@@ -91,12 +91,14 @@ def test_an_adapter_is_trained_as_by_one_process_where_one_of_two_has_no_rows(
     ready: Path, cli: Cli, itune: Itune
 ) -> None:
     """A step of one row is the first process's; the second gathers and gives weights all the same.
-    What is computed again in the backward pass is gathered again.
+    What is computed again in the backward pass is gathered again. Parts are in the machine's memory
+    anyway.
     """
     few = (*LORA, "-s", "training.tokens_per_step=20", "-s", "training.gradient_checkpointing=true")
     assert cli(*line("-q", "-o", "runs/one", *few)).code == 0
-    two = itune(*line("-o", "runs/two", *few, *FSDP))
+    two = itune(*line("-o", "runs/two", *few, *FSDP, "-s", "launch.cpu_offload=true"))
     assert two.returncode == 0, two.stderr
+    assert "launch.cpu_offload: this computes on a CPU" in two.stderr
     same(ready / "runs/one", ready / "runs/two")
     assert kept(ready / "runs/two") == [61_600, 61_600]
     base = transformers.AutoModelForCausalLM.from_pretrained(ready / "model")
@@ -124,7 +126,7 @@ def test_a_process_that_is_gone_is_no_fault_of_the_model(
     monkeypatch.setattr(sharding, "_seen", lambda *_: [])
     layer = torch.nn.Linear(2, 2)
     with pytest.raises(told, match=said):
-        sharding.cut(layer, [], None, "full", None, reshard_after_forward=True)  # type: ignore[arg-type]
+        sharding.cut(layer, [], None, "full", None, None)  # type: ignore[arg-type]
 
 
 SHORT = """
@@ -226,3 +228,38 @@ def test_a_run_that_went_on_is_the_one_that_never_stopped(
     same(ready / "runs/whole", ready / "runs/straight")
     assert cli(*line("-o", "runs/one", *more)).code == 0
     same(ready / "runs/one", ready / "runs/straight")
+
+
+READ = """
+from itune import cli, layerwise
+layerwise.fits = lambda *_: False
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), LORA], ids=["full", "lora"])
+def test_a_model_that_is_read_layer_by_layer_trains_to_the_same_bits(
+    more: tuple[str, ...], ready: Path, itune: Itune
+) -> None:
+    """What is tried beforehand is tried on a stand-in; log, config and weights are the same."""
+    config = transformers.LlamaConfig.from_pretrained(ready / "model")
+    config.num_hidden_layers = 5
+    (ready / "model/model.safetensors").unlink()
+    transformers.LlamaForCausalLM(config).save_pretrained(ready / "model", max_shard_size="100KB")
+    (ready / "script.py").write_text(READ)
+    more = (*more, "-s", "training.max_steps=4", "-s", "training.save_steps=2")
+    same_order = {"PYTHONHASHSEED": "0"}  # of the layers that an adapter_config.json lists
+    whole = itune(*line("-o", "runs/whole", *more, *FSDP), env=same_order)
+    assert whole.returncode == 0, whole.stderr
+    read = launched(ready, "script.py", "-o", "runs/read", *more, **same_order)
+    assert read.returncode == 0, read.stderr
+    assert "tried beforehand are 2 of its 5 layers" in read.stderr
+
+    def left(run: Path) -> object:
+        logged = [{k: v for k, v in each.items() if k != "seconds"} for each in log(run)]
+        paths = sorted(each for each in (run / "model").iterdir() if each.name != "README.md")
+        return logged, [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in paths]
+
+    assert left(ready / "runs/read") == left(ready / "runs/whole")
+    assert kept(ready / "runs/read") == kept(ready / "runs/whole")

@@ -208,6 +208,12 @@ def _check_sharding(document: yamls.Document) -> None:
         document.fault(("launch", name), f"itune runs no DeepSpeed. {launchers.ZERO}")
         del launch[name]
     if launch.get("fsdp") is not True:
+        if launch.get("cpu_offload") is True:
+            document.fault(
+                ("launch", "cpu_offload"),
+                "only parts of a model that is cut are kept in the machine's memory. Set "
+                "launch.fsdp: true too, or take it out.",
+            )
         return
     beside = {
         ("quantization",): "weights of few bits are not cut",

@@ -47,7 +47,7 @@ from itune import (
 WHOLE = 6  # chosen: layers up to which a step is gone through whole; beyond, what one more adds
 FEW, MORE = 2, 4
 KEPT = ("weights", "unpacked", "optimizer", "trained")
-CUT = ("gathered", "communication")  # beside them, of a model that is cut over processes
+CUT = ("gathered", "communication", "whole")  # beside them, of a model that is cut over processes
 
 
 def forecast(
@@ -182,6 +182,8 @@ class _Made:
             parts |= portions.kept(recipe, self.outline, self.place, over)
         fixed = {name: parts.pop(name) for name in (*KEPT, *(CUT if over > 1 else ()))}
         fixed["gradients"] = parts.pop(simulating.GRADIENTS, 0)
+        if over > 1 and portions.offloads(recipe, self.place):
+            fixed["gradients"] = 0
         trained = fixed.pop("trained")
         if self._world(recipe) > 1 and over == 1:
             fixed["communication"] = trained + min(trained, 4 * gradients.CHUNK)
@@ -265,6 +267,9 @@ class _Made:
         self, fixed: Mapping[str, int], held: Mapping[str, int], allocator: float
     ) -> dict[str, int]:
         parts = {**fixed, **held}
+        whole = parts.pop("whole", 0)
+        if whole > sum(parts.values()):
+            parts["loading"] = whole - sum(parts.values())
         parts["allocator"] = int(allocator * sum(parts.values()))
         if self.place.device.type == "cpu":
             parts = {"program": self.program, **parts}

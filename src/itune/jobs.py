@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) 
     """Accelerate's handle on processes, precision and trackers, for a run of a recipe."""
     trackers = list(recipe.tracking.log_with)
     _check_trackers(trackers)
+    if recipe.launch.cpu_offload and place.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        # Accelerate would make a group for GPUs alone, and parts on the CPU are summed too.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_longest_wait(recipe))
     made = Accelerator(
         cpu=place.device.type == "cpu",
         mixed_precision="bf16" if mixed(recipe, place) else "no",

@@ -13,8 +13,8 @@ MARK = "ACCELERATE_DYNAMO_BACKEND"  # set for whatever `accelerate launch` start
 MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 # What cuts a model here, by the names that DeepSpeed has for it.
 ZERO = (
-    "What ZeRO-3 does is launch.fsdp: true in the recipe (--set launch.fsdp=true), and ZeRO-2 is "
-    "that with launch.reshard_after_forward: false."
+    "What ZeRO-3 does is launch.fsdp: true in the recipe (--set launch.fsdp=true), ZeRO-2 is that "
+    "with launch.reshard_after_forward: false, and ZeRO-Offload with launch.cpu_offload: true."
 )
 NAMES = ("accelerate-launch", "accelerate.commands.launch", "launch")
 

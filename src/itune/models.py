@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,8 @@ def load(
     *,
     full: bool = False,
     quantization: Mapping[str, Any] | None = None,
+    settings: Any = None,
+    elsewhere: Collection[str] = (),
 ) -> Any:
     """The model that a recipe names, on the placement's device, unwrapped.
 
@@ -142,6 +144,9 @@ def load(
     bfloat16 would round away; they are then computed with in the placement's dtype. With
     `quantization` (a recipe's section) its matrices are kept in few bits, frozen, and its norms
     in float32, ready for an adapter.
+
+    `settings`: a config in place of its own, such as one of fewer layers; the names of weights
+    that this one leaves out are given as `elsewhere`.
 
     A folder that holds an adapter gives the base with that adapter merged in: what is tuned next
     starts from it. Raises ModelError, EnvironmentRefusal.
@@ -165,6 +170,8 @@ def load(
     )
     kind = families.chosen(wanted.family, config)
     options: dict[str, Any] = {"revision": wanted.revision, "dtype": place.dtype}
+    if settings is not None:
+        options["config"] = settings
     if wanted.attn_implementation:
         options["attn_implementation"] = wanted.attn_implementation
     if quantization is not None:
@@ -177,6 +184,7 @@ def load(
         name,
         lambda **asked: locating.from_library(name, lambda: read(**asked)),
         head_may_be_new=kind == families.MASKED and quantization is None,
+        elsewhere=elsewhere,
     )
     if quantization is None:
         return model.to(place.device)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from itune import compiling, jobs, models, optimizers, outlines, recipes
+from itune import compiling, jobs, layerwise, models, optimizers, outlines, recipes
 
 
 def kept(
@@ -30,18 +30,28 @@ def kept(
             "optimizer": optimizers.state_bytes(outline, recipe.training),
             "trained": _bytes(p for p in outline.parameters() if p.requires_grad),
         }
-    own = parts(outline, processes)
+    own, away = parts(outline, processes), offloads(recipe, place)
     return {
-        "weights": _bytes((*own.parameters(), *outline.buffers())),
+        "weights": _bytes((*(() if away else own.parameters()), *outline.buffers())),
         "unpacked": 0,
-        "optimizer": optimizers.state_bytes(own, recipe.training),
+        "optimizer": 0 if away else optimizers.state_bytes(own, recipe.training),
         "trained": _bytes(p for p in own.parameters() if p.requires_grad),
+        # What each process holds for a while before it is cut, and needs no other part beside.
+        "whole": 0 if layerwise.why_whole(recipe) is None else _bytes(outline.parameters()),
         **_gathered(
             outline,
             computed(recipe, outline, place),
             keeps=not recipe.launch.reshard_after_forward,
         ),
     }
+
+
+def offloads(recipe: recipes.Recipe, place: models.Placement) -> bool:
+    """Whether parts, gradients and moments are in the machine's memory and not in the device's."""
+    # A plan for another device than this machine's CPU is one for a GPU.
+    return recipe.launch.cpu_offload and (
+        place.device.type != "cpu" or recipe.plan.memory is not None
+    )
 
 
 def computed(recipe: recipes.Recipe, outline: Any, place: models.Placement) -> Any:

@@ -41,6 +41,7 @@ from itune import (
     recipes,
     runs,
     scoring,
+    sharding,
     storage,
 )
 
@@ -61,10 +62,15 @@ def rehearse(
     accelerator: Accelerator,
     kernel: str,
     say: Say,
+    *,
+    outline: Any,
+    answering: Any,
 ) -> None:
     """Try everything that the run will need; every process calls it.
 
-    `kernel`: the attention with which the model answers. A run that has a checkpoint has shown
+    `kernel`: the attention with which the model answers. `outline`: the whole model, with weights
+    or without; `answering`: one that a process has whole. Both are the job's where that is not cut
+    yet. A run that has a checkpoint has shown
     most of it: there it is the room, the trackers, and answers if their settings are others.
     Raises EnvironmentRefusal where disk or trackers refuse, Diverged where the loss is not finite,
     UserError where answers cannot be made or scored.
@@ -72,9 +78,10 @@ def rehearse(
     begun = bool(storage.numbered(run.checkpoints))
     tried = []
     with _undisturbed(job.model):
+        weights = _weights(job.model, keep=accelerator.is_main_process)
         if accelerator.is_main_process:
-            state = _state(job, recipe.training, accelerator.num_processes)
-            _refuse_little_room(recipe, run, job, _size(state))
+            state = _state(weights, outline, recipe.training, accelerator.num_processes)
+            _refuse_little_room(recipe, run, job, outline, _size(state))
             tried += [_track(tracker) for tracker in accelerator.trackers]
             if not begun:
                 _save_and_load(run, encoder)
@@ -86,7 +93,7 @@ def rehearse(
             tried.append("a held-out batch")
         mark = _mark(recipe)
         if accelerator.is_main_process and not (begun and run.manifest.get("rehearsed") == mark):
-            tried += _answer(recipe, job.model, encoder, kernel)
+            tried += _answer(recipe, answering, encoder, kernel)
             run.update(rehearsed=mark)
     if tried:
         say(f"tried before the first step: {', '.join(tried)}")
@@ -112,12 +119,20 @@ def _mark(recipe: recipes.Recipe) -> str:
 # --- the disk -----------------------------------------------------------------------------
 
 
-def _state(job: jobs.Job, settings: recipes.Training, world: int) -> checkpoints.State:
+def _weights(model: Any, *, keep: bool) -> checkpoints.Tensors:
+    """What is trained of a model, whole; of a cut one only where it is kept."""
+    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    gathered: checkpoints.Tensors = sharding.gathered(found, keep=keep)
+    return gathered
+
+
+def _state(
+    weights: checkpoints.Tensors, outline: Any, settings: recipes.Training, world: int
+) -> checkpoints.State:
     """What a checkpoint will hold: the weights, and moments of the optimiser's that are zero yet.
 
     Raises ModelError for weights that are not finite: no checkpoint could be made of them.
     """
-    weights = {name: p.detach() for name, p in job.model.named_parameters() if p.requires_grad}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise errors.ModelError(
@@ -127,7 +142,7 @@ def _state(job: jobs.Job, settings: recipes.Training, world: int) -> checkpoints
     return checkpoints.State(
         step=0,
         weights=weights,
-        optimizer=optimizers.blank_state(job.model, settings),
+        optimizer=optimizers.blank_state(outline, settings),
         scheduler={},
         rng=[checkpoints.random_state() for _ in range(world)],
         meta={},
@@ -173,13 +188,13 @@ def _size(state: checkpoints.State) -> int:
 
 
 def _refuse_little_room(
-    recipe: recipes.Recipe, run: runs.Run, job: jobs.Job, checkpoint: int
+    recipe: recipes.Recipe, run: runs.Run, job: jobs.Job, outline: Any, checkpoint: int
 ) -> None:
     settings = recipe.training
     there = storage.numbered(run.checkpoints)
     left = len(job.plan) - (int(there[0].name) if there else 0)
     more = checkpoints_more(settings, len(job.plan), left, len(there))
-    result = result_bytes(recipe, job.model)
+    result = result_bytes(recipe, outline)
     needed, free = more * checkpoint + result, shutil.disk_usage(run.dir).free
     if free < needed:
         raise errors.EnvironmentRefusal(

@@ -378,6 +378,10 @@ class Launch(Record):
     reshard_after_forward: Flag = True
     """With `fsdp`: let go of a layer after the forward pass, and gather it again for the backward
     pass. False is faster, and holds the whole model for the time between."""
+    cpu_offload: Flag = False
+    """With `fsdp` on GPUs: parts, gradients and moments stay in the machine's memory, and the CPU
+    takes the optimizer's steps; a layer comes to the GPU to compute. Slower. On a CPU nothing
+    changes."""
 
 
 class Plan(Record):

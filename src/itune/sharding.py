@@ -12,16 +12,21 @@ import contextlib
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from itune import batches, errors, launching, losses, memory, probing
+from itune import batches, errors, launching, losses, memory, probing, recipes
 
 # Gradients that are compared before and after: the smaller tensors first, up to so many numbers.
 COMPARED = 64_000_000
@@ -33,8 +38,7 @@ def cut(
     batch: batches.Batch,
     head: str,
     accelerator: Accelerator,
-    *,
-    reshard_after_forward: bool,
+    launch: recipes.Launch,
 ) -> None:
     """Cut a whole model, which every process holds, in its place; each of its layers by itself.
 
@@ -44,13 +48,9 @@ def cut(
     """
     compared = _smallest(model)
     before = _seen(model, batch, head, accelerator, compared)
-    try:
-        _shard(model, layers, accelerator, reshard_after_forward)
+    with _refusing(model):
+        _shard(model, layers, accelerator, launch, _nothing)
         after = _seen(model, batch, head, accelerator, compared)
-    except (ValueError, TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
-        if memory.is_short(error) or launching.lost_peer(error):
-            raise
-        raise _refusal(model, " ".join(str(error).split())[:200]) from error
     mixed = accelerator.mixed_precision == "bf16" or model.dtype != torch.float32
     largest = max((float(each.abs().max()) for each in before[1:]), default=0.0)
     for name, old, new in zip(("loss", *compared), before, after, strict=True):
@@ -61,6 +61,36 @@ def cut(
             raise _refusal(model, f"{what} then off by {off:.1e}")
 
 
+def cut_as_read(
+    model: Any,
+    layers: Sequence[Any],
+    fill: Callable[[Any], None],
+    accelerator: Accelerator,
+    launch: recipes.Launch,
+) -> None:
+    """Cut a model in its place that has no weights yet: `fill` gives those of a module, in which
+    others may have theirs already. Only a layer is whole at any time, and what no layer has.
+
+    Raises ModelError for a model that cannot be cut. Nothing shows that it computes the same.
+    """
+    with _refusing(model):
+        _shard(model, layers, accelerator, launch, fill)
+
+
+@contextlib.contextmanager
+def _refusing(model: Any) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
+        if memory.is_short(error) or launching.lost_peer(error):
+            raise
+        raise _refusal(model, " ".join(str(error).split())[:200]) from error
+
+
+def _nothing(_: Any) -> None:
+    """What is done before a whole model is cut."""
+
+
 def _refusal(model: Any, why: str) -> errors.ModelError:
     return errors.ModelError(
         f"launch.fsdp: {type(model).__name__.removeprefix('FSDP')} cannot be cut over processes: "
@@ -69,14 +99,22 @@ def _refusal(model: Any, why: str) -> errors.ModelError:
 
 
 def _shard(
-    model: Any, layers: Sequence[Any], accelerator: Accelerator, reshard_after_forward: bool
+    model: Any,
+    layers: Sequence[Any],
+    accelerator: Accelerator,
+    launch: recipes.Launch,
+    fill: Callable[[Any], None],
 ) -> None:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     mixed = accelerator.mixed_precision == "bf16"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else None
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy or MixedPrecisionPolicy()}
+    if launch.cpu_offload and accelerator.device.type != "cpu":
+        options["offload_policy"] = CPUOffloadPolicy()
     for layer in layers:
-        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+        fill(layer)
+        fully_shard(layer, reshard_after_forward=launch.reshard_after_forward, **options)
+    fill(model)
     fully_shard(model, **options)  # the root's are used first and last, and stay in between
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -99,7 +137,7 @@ def _smallest(model: Any) -> list[str]:
 def _seen(
     model: Any, batch: batches.Batch, head: str, accelerator: Accelerator, compared: Sequence[str]
 ) -> list[torch.Tensor]:
-    """The loss of a batch and the gradients of some parameters, whole and in float32.
+    """The loss of a batch and the gradients of some parameters, whole, in float32 on the CPU.
 
     What is drawn is drawn alike each time, and no random state changes.
     """
@@ -111,16 +149,17 @@ def _seen(
         loss = losses.summed(model, batch, head=head)
     if is_cut(model):
         loss.backward()
-        found = [named[name].grad for name in compared]
+        cut_ones = [named[name].grad for name in compared]
         # As many gradients are summed as there are processes, of one batch.
-        made = [None if g is None else whole(g) / accelerator.num_processes for g in found]
+        made = [None if g is None else whole(g) / accelerator.num_processes for g in cut_ones]
     else:
         made = list(torch.autograd.grad(loss, [named[n] for n in compared], allow_unused=True))
     model.zero_grad()
     model.train(training)
     drawn.restore()
     blank = loss.new_zeros(())
-    return [loss.detach().float(), *((blank if g is None else g.float()) for g in made)]
+    found = [loss.detach(), *(blank if g is None else g for g in made)]
+    return [each.float().cpu() for each in found]
 
 
 @contextlib.contextmanager
@@ -182,9 +221,10 @@ def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor that every process holds, cut as another is."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
-    moved = tensor.to(like.device)
+    moved = tensor.to(like.device_mesh.device_type)
     # Every process has read the same file, so nothing is sent.
-    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+    made = distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+    return made.to(like.device)  # the machine's memory, where parts are kept there
 
 
 def parts(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

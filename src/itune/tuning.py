@@ -5,6 +5,8 @@ Needs torch.
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import asdict
 from typing import Any
 
@@ -22,8 +24,14 @@ from itune import (
     finishing,
     folding,
     forecasting,
+    gradients,
     jobs,
     launching,
+<<<<<<< HEAD
+=======
+    layerwise,
+    locating,
+>>>>>>> eight
     models,
     objectives,
     origins,
@@ -74,12 +82,21 @@ def _tuned(
     launching.check(accelerator)
     doctor.check(recipe, encoder, screen.say)
     files = starting.base_files(recipe, run)
-    model = _model(recipe, run, encoder, corpus, place, accelerator, screen)
-    kernel = model.config._attn_implementation
-    path = starting.path(model, encoder, corpus, settings, accelerator.autocast)
+    cut = _is_cut(recipe, accelerator, screen)
+    read = (
+        layerwise.read(recipe, place)
+        if cut and _reads(recipe, place, accelerator, screen)
+        else None
+    )
+    model, tried = _models(recipe, run, encoder, corpus, place, accelerator, screen, read)
+    kernel = tried.config._attn_implementation
+    path = starting.path(tried, encoder, corpus, settings, accelerator.autocast)
     screen.say(path.why)
+    if tried is not model:
+        model.set_attn_implementation(tried.config._attn_implementation)
     if settings.gradient_checkpointing:
-        models.recompute(model)
+        for each in {id(one): one for one in (model, tried)}.values():
+            models.recompute(each)
     total, trainable = starting.refuse_untrained(model)
     screen.say(f"model: {total:,} parameters, {trainable:,} of them trained")
     objective = objectives.of(encoder, settings)
@@ -111,9 +128,17 @@ def _tuned(
             steps=len(plan),
             planned=forecasting.kept(recipe, accelerator.num_processes),
         )
-    rehearsing.rehearse(recipe, run, job, encoder, accelerator, kernel, screen.say)
     result = model
-    if _is_cut(recipe, accelerator, screen):
+    if read is not None:
+        result = _cut(recipe, run, job, accelerator, screen, read, tried)
+    rehearsing.rehearse(
+        recipe, run, job, encoder, accelerator, kernel, screen.say,
+        outline=result, answering=tried,
+    )  # fmt: skip
+    if read is not None:
+        model.reshard()  # held-out rows have left the root whole, of which nothing is trained
+        read = tried = None  # the stand-in has served
+    elif cut:
         result = _cut(recipe, run, job, accelerator, screen)
     else:
         job = sizing.fitted(job, settings, run, accelerator, screen.say)
@@ -133,6 +158,10 @@ def _is_cut(recipe: recipes.Recipe, accelerator: Accelerator, screen: watching.W
     if recipe.launch.fsdp and accelerator.num_processes == 1:
         screen.say("launch.fsdp: one process, which holds the whole model; nothing is cut")
         return False
+    if recipe.launch.cpu_offload and accelerator.device.type == "cpu":
+        screen.say(
+            "launch.cpu_offload: this computes on a CPU, in whose memory all parts are anyway"
+        )
     return recipe.launch.fsdp
 
 
@@ -142,22 +171,30 @@ def _cut(
     job: jobs.Job,
     accelerator: Accelerator,
     screen: watching.Watcher,
+    read: layerwise.Read | None = None,
+    tried: Any = None,
 ) -> Any:
     """Cut the model over the processes; returns what its weights are put into when it is trained.
 
-    What a whole model is tried for has been tried by now.
+    A whole model has been tried by now for what it is tried for. Of one that is read as it is cut,
+    a copy of its stand-in (`tried`) shows that cutting changes nothing.
     """
     result = sharding.outline(job.model)
     layers, lengths = compiling.repeated(job.model), job.corpus.lengths
     middle = np.argsort(lengths, kind="stable")[len(lengths) // 2][None]
+    shown = job.model if read is None else copy.deepcopy(tried)
     sharding.cut(
-        job.model,
-        layers,
+        shown,
+        compiling.repeated(shown),
         job.collate(job.corpus, middle).to(accelerator.device),
         job.path.head,
         accelerator,
-        reshard_after_forward=recipe.launch.reshard_after_forward,
+        recipe.launch,
     )
+    if read is not None:
+        del shown
+        fill = functools.partial(read.fill, device=accelerator.device)
+        sharding.cut_as_read(job.model, layers, fill, accelerator, recipe.launch)
     kept = gather_object([sharding.kept(job.model)])
     screen.say(
         f"launch.fsdp: cut over {len(kept)} processes, each keeps up to {max(kept):,} parameters "
@@ -168,7 +205,26 @@ def _cut(
     return result
 
 
-def _model(
+def _reads(
+    recipe: recipes.Recipe,
+    place: models.Placement,
+    accelerator: Accelerator,
+    screen: watching.Watcher,
+) -> bool:
+    """Whether the model is read as it is cut: where it does not fit each process whole."""
+    whole = recipe.model.name is None or layerwise.fits(recipe, place)
+    if gradients.least(int(whole), accelerator):  # of all, for they read together
+        return False
+    why = layerwise.why_whole(recipe)
+    if why is not None:
+        screen.say(
+            f"launch.fsdp: each process has to hold the whole model before it is cut, for {why}; "
+            "what is free may not do"
+        )
+    return why is None
+
+
+def _models(
     recipe: recipes.Recipe,
     run: runs.Run,
     encoder: encoding.Encoder,
@@ -176,28 +232,44 @@ def _model(
     place: models.Placement,
     accelerator: Accelerator,
     screen: watching.Watcher,
-) -> Any:
-    """The model with its adapter, in what it computes in, and what speaks against it said."""
+    read: layerwise.Read | None,
+) -> tuple[Any, Any]:
+    """The model with its adapter, in what it computes in, and what speaks against it said.
+
+    And the one that is tried for it: the same, or a stand-in of one that is `read` later.
+    """
     first, tokenizer = accelerator.is_main_process, encoder.tokenizer
-    model = starting.untrained(recipe, tokenizer, place)
+    if read is None:
+        model = tried = starting.untrained(recipe, tokenizer, place)
+    else:
+        model, tried = read.model, read.stand_in
+        screen.say(
+            "launch.fsdp: too large to be whole in each process, so read layer by layer; tried "
+            f"beforehand are {len(compiling.repeated(tried))} of its "
+            f"{len(compiling.repeated(model))} layers"
+        )
     base = finishing.base_of(recipe, run, model, tokenizer, keep=first)
     models.check_fits(model, corpus, recipe.training.max_length)
     screen.say(f"computing in {place.why}{models.take_threads(model, place)}")
     if recipe.adapter is None:
-        return model
-    model = adapters.attach(
-        model,
-        recipe.adapter,
-        base=base,
-        seed=recipe.training.seed,
-        family=encoder.family,
-        revision=origins.commit(base, recipe.model.revision),
-    )
+        return model, tried
+    made = [
+        adapters.attach(
+            each,
+            recipe.adapter,
+            base=base,
+            seed=recipe.training.seed,
+            family=encoder.family,
+            revision=origins.commit(base, recipe.model.revision),
+        )
+        for each in ([model] if read is None else [model, tried])
+    ]
+    model, tried = made[0], made[-1]
     if first:
         adapters.keep_start(model, recipe.adapter, run.dir / finishing.START)
     if recipe.output.merge:
-        folding.refuse_unmergeable(model)
+        folding.refuse_unmergeable(tried)
     if encoder.family != families.MASKED:
-        for why in adapters.unheard_stop(model, encoder.stop_id):
+        for why in adapters.unheard_stop(tried, encoder.stop_id):
             launching.warn(why)
-    return model
+    return model, tried

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,13 @@ def names(folder: str) -> set[str]:
 # --- what was loaded ----------------------------------------------------------------------
 
 
-def loaded(name: str, call: Callable[..., Any], *, head_may_be_new: bool = False) -> Any:
+def loaded(
+    name: str,
+    call: Callable[..., Any],
+    *,
+    head_may_be_new: bool = False,
+    elsewhere: Collection[str] = (),
+) -> Any:
     """The model that `call(**options)` loads, if all of its weights were there.
 
     With `head_may_be_new` a head that was not saved is drawn from a seed, always the same, and
@@ -192,7 +198,8 @@ def loaded(name: str, call: Callable[..., Any], *, head_may_be_new: bool = False
     one can be tuned. The layers drawn are the model's `drawn`, a tuple of their names.
 
     Raises ModelError where weights are missing, of another shape or not finite: the library would
-    draw them at random, and train on. Weights that the model has no place for are told of.
+    draw them at random, and train on. Weights that the model has no place for are told of, but for
+    those that have theirs `elsewhere`.
     """
     with _drawing(head_may_be_new):
         model, found = call(output_loading_info=True, ignore_mismatched_sizes=True)
@@ -215,13 +222,13 @@ def loaded(name: str, call: Callable[..., Any], *, head_may_be_new: bool = False
             f"{name}: weights are missing: {_listed(missing)}. Fetch it again, or name a model "
             f"that was saved as a {type(model).__name__}."
         )
-    extra = sorted(found["unexpected_keys"])
+    extra = sorted(set(found["unexpected_keys"]) - set(elsewhere))
     if extra:
         launching.warn(
             f"{name}: weights that {type(model).__name__} has no place for are left out: "
             f"{_listed(extra)}."
         )
-    _refuse_non_finite(name, model)
+    refuse_non_finite(name, model.named_parameters())
     return model
 
 
@@ -266,10 +273,11 @@ def _more(names: list[Any]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
-def _refuse_non_finite(name: str, model: Any) -> None:
+def refuse_non_finite(name: str, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raise ModelError for weights, by their names, with numbers that are not finite."""
     import torch
 
-    for key, tensor in model.named_parameters():
+    for key, tensor in tensors:
         if tensor.is_meta or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             continue
         if tensor.numel() and not torch.isfinite(torch.stack(tensor.detach().aminmax())).all():

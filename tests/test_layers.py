@@ -79,11 +79,8 @@ ORDER = (
     "adapters",
     "folding",
     "models",
-<<<<<<< HEAD
     "suiting",
-=======
     "outlines",
->>>>>>> eight
     "fingerprints",
     "checkpoints",
     "bests",

@@ -27,11 +27,7 @@ from itune import (
     gradients,
     jobs,
     launching,
-<<<<<<< HEAD
-=======
     layerwise,
-    locating,
->>>>>>> eight
     models,
     objectives,
     origins,

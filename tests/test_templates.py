@@ -208,6 +208,7 @@ def test_what_stands_for_an_empty_cell_can_be_written(expression: str, text: str
     ("label", "told"),
     [
         (2, "label 2 is out of range: 2 choices have the labels 0 to 1."),
+        (2, "Labels from 1 are written choices[LABEL - 1]."),
         (-1, "label -1 is out of range"),
         ("1", "label '1' is not a whole number. Write choices[label | int]."),
         ("positive", "'positive' is not a whole number. It is an answer already: write it without"),

@@ -263,7 +263,7 @@ def test_an_answer_that_is_no_choice_is_told_with_its_cure(label: str, told: str
 def test_a_missing_column_is_told_with_the_line_to_write(
     columns: list[str], told: str, cure: str
 ) -> None:
-    with pytest.raises(templates.MissingColumn) as caught:
+    with pytest.raises(errors.DataError) as caught:
         made().prompt(dict.fromkeys(columns, "x"), 0)
     assert told in str(caught.value)
     assert caught.value.cure == f" Write {cure} beside template in the recipe."

@@ -112,6 +112,7 @@ def test_other_settings_for_answers_are_no_other_run(folder: Path, cli: Cli) -> 
     again = cli("tune", "-r", "lora.yaml", "-s", "generation.max_new_tokens=9")
     assert again.code == 0, again.err
     assert "already complete" in again.err
+    assert "next: itune generate --run runs/lora PROMPT" in again.err
 
 
 def test_rows_that_changed_since_the_run_began_are_refused(

@@ -795,7 +795,7 @@ def test_rows_alike_are_counted_for_a_moment_only(monkeypatch: pytest.MonkeyPatc
     )
     rows = sources_.read(source(written("rows.jsonl"), template="./slow.yaml"))
     how = cases.reading(rows)
-    with pytest.raises(errors.DataError, match=r" 6 such rows of 6\.$"):
+    with pytest.raises(errors.DataError, match=r" 6 such rows of 6: also 2, 3, 4, 5, \.\.\.\.$"):
         cases.placed(rows, how, 0, rows.data[0], 0)
     monkeypatch.setattr(cases, "SECONDS", -1.0)
     with pytest.raises(errors.DataError, match=r" 1 such row of 1 looked at\.$"):

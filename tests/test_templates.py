@@ -208,6 +208,7 @@ def test_what_stands_for_an_empty_cell_can_be_written(expression: str, text: str
     ("label", "told"),
     [
         (2, "label 2 is out of range: 2 choices have the labels 0 to 1."),
+        (2, "Labels from 1 are written choices[LABEL - 1]."),
         (-1, "label -1 is out of range"),
         ("1", "label '1' is not a whole number. Write choices[label | int]."),
         ("positive", "'positive' is not a whole number. It is an answer already: write it without"),
@@ -262,7 +263,7 @@ def test_an_answer_that_is_no_choice_is_told_with_its_cure(label: str, told: str
 def test_a_missing_column_is_told_with_the_line_to_write(
     columns: list[str], told: str, cure: str
 ) -> None:
-    with pytest.raises(templates.MissingColumn) as caught:
+    with pytest.raises(errors.DataError) as caught:
         made().prompt(dict.fromkeys(columns, "x"), 0)
     assert told in str(caught.value)
     assert caught.value.cure == f" Write {cure} beside template in the recipe."

@@ -87,7 +87,7 @@ def placed(
     except errors.UserError as error:
         text = f"{rows.place(index)}: {error}{getattr(error, 'cure', '')}"
         if not rows.source.streaming:
-            text += _alike(rows, how, wording)
+            text += _alike(rows, how, wording, index)
         raise errors.DataError(text) from error
 
 
@@ -115,22 +115,31 @@ def turned(text: str) -> str | None:
 
 # chosen: little, as the command fails anyway; a template that never ends takes seconds for each.
 MOST_COUNTED = 50_000
+MOST_NAMED = 4
 SECONDS = 2.0
 
 
-def _alike(rows: sources.Rows, how: formats.Reading, wording: int) -> str:
+def _alike(rows: sources.Rows, how: formats.Reading, wording: int, first: int) -> str:
     """How many rows cannot be read either, of all or of those that there is time to look at."""
     ends, broken, looked = time.monotonic() + SECONDS, 0, 0
+    others: list[int] = []
     for index in range(min(len(rows.data), MOST_COUNTED)):
         try:
             checked(how.example(rows.data[index], wording))
         except errors.UserError:
             broken += 1
+            if index != first and len(others) < MOST_NAMED:
+                others.append(index)
         looked = index + 1
         if time.monotonic() > ends:
             break
     rest = " looked at" if looked < len(rows.data) else ""
-    return f" {broken:,} such row{'s' * (broken > 1)} of {looked:,}{rest}." if broken else ""
+    if not broken:
+        return ""
+    name = f"{rows.source.path}:"
+    also = ", ".join(rows.place(index).removeprefix(name) for index in others)
+    more = f": also {also}{', ...' * (broken > len(others) + 1)}" if others else ""
+    return f" {broken:,} such row{'s' * (broken > 1)} of {looked:,}{rest}{more}."
 
 
 def tasks(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,11 +107,22 @@ def train(
             screen.say(f"{command}: {recipe.name} in {run.dir}")
             with launching.heard(run.dir, hang):
                 _watched(recipe, run, screen)
+        screen.say(f"next: {_following(run)}")
         emit(common, _summary(run))
         if recipe.output.push and launching.is_main():
             from itune import pushing
 
             pushing.push(run, recipe, screen.say)
+
+
+def _following(run: runs.Run) -> str:
+    """What is done with a run that is finished, as it is typed."""
+    folder = shlex.quote(str(run.dir))
+    if run.manifest["command"] == "pretrain":
+        return f"itune tune --recipe FILE --set model.name={folder}"
+    ask = f"itune generate --run {folder} PROMPT"
+    base = " --against base" if run.recipe.model.name else ""
+    return f"itune eval --run {folder}{base}, {ask}" if run.recipe.data.eval else ask
 
 
 def _merge_late(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:

@@ -60,7 +60,13 @@ class TemplateError(UserError):
 
 
 class DataError(UserError):
-    """A file, row or column of data is not what was expected."""
+    """A file, row or column of data is not what was expected.
+
+    Of a row that lacks a column: its name, and the line of a recipe that mends it.
+    """
+
+    column: str = ""
+    cure: str = ""
 
 
 class ModelError(UserError):

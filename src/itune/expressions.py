@@ -39,9 +39,12 @@ class Choices(tuple[str, ...]):
                 f"label {errors.shown(label)} is not a whole number{advice}"
             ) from None
         if not 0 <= index < len(self):
+            from_one = (
+                ". Labels from 1 are written choices[LABEL - 1]" if index == len(self) else ""
+            )
             raise sandbox.Refused(
                 f"label {index} is out of range: {len(self)} choices have the labels 0 to "
-                f"{len(self) - 1}"
+                f"{len(self) - 1}{from_one}"
             )
         return super().__getitem__(index)
 

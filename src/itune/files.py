@@ -128,6 +128,11 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in _lines(path, str(path)):
         if not line.strip():
             continue
+        if kind(path) in (".csv", ".tsv", ".txt") and not line.lstrip().startswith("{"):
+            raise errors.DataError(
+                f"{path}:{number}: no JSON, and a file of JSON lines is read here. Write each row "
+                'as an object, such as {"prompt": "..."}, in a file that ends in .jsonl.'
+            )
         value = _parsed(line.rstrip("\r\n"), f"{path}:{number}")
         if not isinstance(value, dict):
             raise errors.DataError(

@@ -52,12 +52,6 @@ def _expression(source: str) -> Any:
     return _environment().compile_expression(source, undefined_to_none=False)
 
 
-class MissingColumn(errors.DataError):
-    """A row has no column that the template reads; `cure` is the line of a recipe that mends it."""
-
-    cure = column = ""
-
-
 class Template(records.Record):
     """How a row of data becomes a prompt and its answer."""
 
@@ -194,7 +188,7 @@ class Template(records.Record):
         place = self._places.get("choices", self.name)
         return f"{what}{near} Mend the rows, or add it to choices ({place})"
 
-    def _no_column(self, name: str, key: str, row: Mapping[str, Any]) -> MissingColumn:
+    def _no_column(self, name: str, key: str, row: Mapping[str, Any]) -> errors.DataError:
         free = [str(each) for each in sorted(row) if each not in self.columns()]
         source = self._source(key)
         # `{{ Customer-Text }}` is a subtraction: what was meant is the column with that sign in it.
@@ -206,7 +200,7 @@ class Template(records.Record):
         elif meant:
             said += f" Did you mean {errors.inert(meant)!r}?"
         place = self._places.get(key, self.name)
-        error = MissingColumn(errors.masked(f"{place}: {key}: {said} It has {_has(row)}."))
+        error = errors.DataError(errors.masked(f"{place}: {key}: {said} It has {_has(row)}."))
         error.column = name
         if free:
             old = meant or (free[0] if len(free) == 1 else None)

@@ -114,6 +114,7 @@ def test_every_family_has_a_task_that_the_hub_knows(tmp_path: Path) -> None:
         card = huggingface_hub.ModelCard(cards.render(run, cards.WHOLE))
         assert card.data.pipeline_tag == task
         assert ("text2text-generation" in card.data.tags) is (family == "seq2seq")
+        assert ("transformers serve" in card.text) is (family == "causal")
 
 
 def test_what_is_on_the_hub_is_named_by_its_id_and_commit(tmp_path: Path) -> None:

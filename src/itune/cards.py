@@ -221,6 +221,8 @@ class _Card:
         )
         if self.kind == ADAPTER:
             return told + " The base's own generation settings may name others."
+        if self.family == families.SEQ2SEQ:  # servers of chats look for decoders
+            return told
         return told + " `transformers serve` and vLLM take the folder as it is."
 
     def scores(self) -> Iterator[str]:

@@ -619,7 +619,7 @@ RECIPES = st.builds(
             recipes.FromScratch,
             model_type=TEXT,
             tokenizer=TEXT | st.builds(recipes.TokenizerRecipe, vocab_size=st.integers(16, 99999)),
-            hidden_size=st.integers(),
+            hidden_size=st.integers(min_value=1),
         ),
     ),
     data=st.builds(recipes.Data, train=SOURCES, eval=SOURCES),

@@ -100,6 +100,7 @@ QLORA = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_large_model_is_planned_from_its_config(cli: Any, recipe: Path, large: Path) -> None:
     """Nothing in a plan is a constant; what is counted is what the config's own numbers give."""
     small = planned(cli, "tune", "-r", recipe, *NOTHING_TRIED, *QLORA[:2])

@@ -87,6 +87,7 @@ def test_all_weights_are_trained_as_by_one_process(ready: Path, cli: Cli, itune:
     assert all(torch.equal(p, trained[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_as_by_one_process_where_one_of_two_has_no_rows(
     ready: Path, cli: Cli, itune: Itune
 ) -> None:

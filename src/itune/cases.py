@@ -182,7 +182,8 @@ def _cases(
             if not example.references:
                 raise errors.DataError(
                     f"{rows.place(index)}: the conversation does not end with the "
-                    "assistant's answer, so there is nothing to score against."
+                    "assistant's answer, so there is nothing to score against. Take the row out "
+                    "of data.eval; training may keep such rows."
                 )
             jobs.append((index, wording, near, example))
     encoded = encoder.conversations([example.prompt for *_, example in jobs], prompt=True)

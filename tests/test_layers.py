@@ -141,6 +141,7 @@ ORDER = (
     "chatting",
     "commands",
     "evaluating",
+    "generating",
     "completing",
     "cli",
     "__main__",

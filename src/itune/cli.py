@@ -284,10 +284,10 @@ def generate(
     quiet: QuietOption = False,
 ) -> None:
     """Answer prompts with a run's model."""
-    from itune import commands, prompting
+    from itune import commands, generating, prompting
 
     common = commands.Common(None, tuple(sets or ()), output, processes, as_json, quiet)
-    commands.generate(
+    generating.generate(
         common,
         prompting.Asked(
             prompts=tuple(prompts or ()),

@@ -82,6 +82,7 @@ ORDER = (
     "suiting",
     "outlines",
     "fingerprints",
+    "pieces",
     "checkpoints",
     "bests",
     "sharding",

@@ -223,12 +223,81 @@ def test_a_run_that_went_on_is_the_one_that_never_stopped(
         return logged, hashlib.sha256(path.read_bytes()).hexdigest()
 
     assert left(ready / "runs/torn") == left(ready / "runs/straight")
-    # The checkpoint of a cut model is one of a whole model.
-    done = itune(*line("-o", "runs/whole", *more, "-p", "2"))
+    # What two processes wrote, any number reads: whole by two, cut by three, and by one.
+    for name, go_on in (("two", ("-p", "2")), ("three", ("-p", "3", *FSDP[2:])), ("one", ())):
+        shutil.copytree(ready / "runs/whole", ready / "runs" / name)
+        done = itune(*line("-o", f"runs/{name}", *more, *go_on))
+        assert done.returncode == 0, done.stderr
+        same(ready / "runs" / name, ready / "runs/straight")
+    assert kept(ready / "runs/three") != kept(ready / "runs/straight")
+    assert cli(*line("-o", "runs/never", *more)).code == 0
+    same(ready / "runs/never", ready / "runs/straight")
+
+
+@pytest.mark.slow
+def test_each_process_writes_its_own_rows_of_a_checkpoint(ready: Path, itune: Itune) -> None:
+    """Half of every weight and moment; put together they are what one process writes."""
+    more = ("-s", "training.save_steps=4", "-s", "training.max_steps=4", "-q")
+    for name, parts in (("whole", ("-p", "2")), ("cut", FSDP)):
+        done = itune(*line("-o", f"runs/{name}", *more, *parts))
+        assert done.returncode == 0, done.stderr
+    whole, cut = (ready / "runs" / name / "checkpoints/000004" for name in ("whole", "cut"))
+    for kind in ("weights", "optimizer"):
+        one = load_file(whole / f"{kind}.safetensors")
+        halves = [load_file(cut / f"{kind}-0000{n}-of-00002.safetensors") for n in (1, 2)]
+        assert not (cut / f"{kind}.safetensors").exists()
+        for key, tensor in one.items():
+            if tensor.dim() == 0:
+                assert key in halves[0]
+                assert key not in halves[1]
+                continue
+            first, second = (half[key] for half in halves)
+            assert len(first) == -(-len(tensor) // 2)
+            assert float((torch.cat([first, second]) - tensor).abs().max()) < NEAR
+
+
+FULL = """
+import errno, os
+from itune import cli, storage
+class Full(storage.Disk):
+    def produce(self, path, produce):
+        if os.environ["RANK"] == "1" and "000008" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().produce(path, produce)
+storage.DISK = Full()
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(
+    ready: Path, itune: Itune
+) -> None:
+    """The disk of the second process is full: each says so, and nothing half is left."""
+    more = ("-o", "runs/run", "-s", "training.save_steps=4")
+    (ready / "full.py").write_text(FULL)
+    ended = launched(ready, "full.py", *more)
+    assert "exitcode  : 3" in ended.stderr
+    assert "000008: the checkpoint could not be written ([Errno 28] No space left on device" in ended.stderr
+    folder = ready / "runs/run/checkpoints"
+    assert [path.name for path in sorted(folder.iterdir())] == ["000004"]
+    done = itune(*line(*more, *FSDP))
     assert done.returncode == 0, done.stderr
-    same(ready / "runs/whole", ready / "runs/straight")
-    assert cli(*line("-o", "runs/one", *more)).code == 0
-    same(ready / "runs/one", ready / "runs/straight")
+    assert [each["step"] for each in log(ready / "runs/run")] == [*range(1, 13)]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_the_part_of_a_process_is_passed_over(
+    ready: Path, itune: Itune
+) -> None:
+    more = ("-o", "runs/run", "-s", "training.save_steps=4")
+    (ready / "torn.py").write_text(TORN)
+    launched(ready, "torn.py", *more, STOPPED="yes")
+    (ready / "runs/run/checkpoints/000009/weights-00002-of-00002.safetensors").unlink()
+    done = itune(*line(*more, *FSDP))
+    assert done.returncode == 0, done.stderr
+    assert "000009: passed over, weights-00002-of-00002.safetensors is missing" in done.stderr
+    assert [each["step"] for each in log(ready / "runs/run")] == [*range(1, 13)]
 
 
 READ = """

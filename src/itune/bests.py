@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from itune import checkpoints, errors, runs
+from itune import checkpoints, errors, pieces, runs
 
 
 @dataclass
@@ -34,10 +34,10 @@ class Best:
         """Whether the loss has not fallen in `patience` measurements in a row."""
         return patience is not None and self.stale >= patience
 
-    def checkpoint(self, run: runs.Run) -> Path:
-        """The folder of its checkpoint, which is whole. Raises RunError."""
+    def checkpoint(self, run: runs.Run, peers: pieces.Peers) -> Path:
+        """The folder of its checkpoint, which is whole; asked for by all. Raises RunError."""
         path = run.checkpoints / f"{self.step:06d}"
-        if why := checkpoints.fault(path, str(run.manifest["id"])):
+        if why := checkpoints.fault(path, str(run.manifest["id"]), peers):
             raise errors.RunError(
                 f"{path}: the step with the lowest held-out loss ({self.loss:.4f}), and {why}. Put "
                 "it back, or start anew with --fresh; this run is then moved aside."

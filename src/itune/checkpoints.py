@@ -1,6 +1,7 @@
 """Checkpoints: staged, sealed with a manifest, published by one rename, found, rotated.
 
-Needs torch. Nothing in a checkpoint is code: tensors are safetensors, the rest is JSON.
+Needs torch. Nothing in a checkpoint is code: tensors are safetensors, the rest is JSON. Where a
+model is cut over processes each writes its own rows, and any number of processes goes on from them.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,30 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from itune import errors, storage
+from itune import errors, pieces, storage
 
 VERSION = 2  # 2: the best step
 MANIFEST = "manifest.json"
-PARTS = ("optimizer.safetensors", "rng.safetensors", "state.json", "weights.safetensors")
-AVERAGE = "average.safetensors"  # beside them where the weights are averaged
+PARTS = ("rng.safetensors", "state.json")
+WEIGHTS, MOMENTS = "weights", "optimizer"  # kinds of tensors that are written in pieces too
+AVERAGE = "average"  # beside them where the weights are averaged
 Tensors = dict[str, torch.Tensor]
+Listed = dict[str, dict[str, Any]]  # of each file its bytes and sha256
+Take = Callable[[pieces.Pieces, str], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class State:
     """All that a run needs to go on as if it had never stopped.
 
-    weights: the trainable parameters by name. optimizer, scheduler: their state_dict. rng: what
-    `random_state` gave on each rank. meta: step, tokens, seconds and what else is counted; JSON.
+    weights: the trainable parameters by name; of a cut model, and of the optimizer's state, what
+    this process has of them. optimizer, scheduler: their state_dict. rng: what `random_state` gave
+    on each rank. meta: step, tokens, seconds and what else is counted; JSON.
     average: the mean of the weights so far, by name; empty where none is kept or none is begun.
     """
 
     step: int
-    weights: Tensors
+    weights: Mapping[str, torch.Tensor]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     rng: list[Tensors]
@@ -98,48 +103,84 @@ def _processes(count: int) -> str:
 # --- saving -------------------------------------------------------------------------------------
 
 
-def save(folder: Path, state: State, *, run_id: str, keep: int, best: int = 0) -> Path:
+def save(
+    folder: Path,
+    state: State,
+    *,
+    run_id: str,
+    keep: int,
+    best: int = 0,
+    peers: pieces.Peers = pieces.ALONE,
+) -> Path:
     """Publish a checkpoint under `folder`, then remove older ones of this run beyond `keep`.
 
     best: the step whose checkpoint is kept as long as this one is; 0 where there is none.
+    peers: the processes that call this together, each with the rows that it has of the weights
+    and the optimizer's state; the first has what is not cut besides, and publishes.
 
     A checkpoint with its final name is whole: files are on disk before the manifest with their
     sha256, the manifest before the rename. A published one is never written to again. Raises
     Diverged for weights that are not finite; EnvironmentRefusal when it cannot be written: what
     was staged is removed, older checkpoints are untouched.
     """
-    _refuse_non_finite(state)
+    first = peers.index == 0
     final = folder / f"{state.step:06d}"
     staged = folder / f".staged-{run_id}-{state.step:06d}"
-    try:
+    broken = next((n for n, t in state.weights.items() if not torch.isfinite(t).all()), None)
+    if broken := next(filter(None, peers.gathered([broken])), None):
+        raise errors.Diverged(
+            f"step {state.step}: {broken} holds numbers that are not finite, so no checkpoint "
+            "was written. The one before is whole: lower training.learning_rate and start "
+            "with --fresh."
+        )
+
+    def begin() -> None:
         storage.DISK.make_folder(folder)
         _clear(folder, run_id)
         storage.DISK.make_folder(staged)
-        _write(staged, state, run_id, best)
+
+    def publish(listed: Listed) -> None:
+        _seal(staged, state, run_id, best, listed)
         if final.exists():  # one that was passed over as broken: never deleted
             storage.DISK.rename(final, _aside(final))
         storage.DISK.rename(staged, final)
         storage.DISK.sync(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors report a full disk as errors of their own.
-        shutil.rmtree(staged, ignore_errors=True)
+
+    try:
+        _together(peers, begin if first else None)
+        listed: Listed = {}
+        for each in _together(peers, lambda: _write(staged, state, peers)):
+            listed |= each
+        _together(peers, (lambda: publish(listed)) if first else None)
+    except _WriteError as error:
+        if first:
+            shutil.rmtree(staged, ignore_errors=True)
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise errors.EnvironmentRefusal(
-            f"{final}: the checkpoint could not be written ({_short(error)}; {free / 1e6:.0f} MB "
+            f"{final}: the checkpoint could not be written ({error}; {free / 1e6:.0f} MB "
             "free). Earlier checkpoints are whole: make room and run the same command again."
         ) from error
-    _rotate(folder, run_id, keep)
+    if first:
+        _rotate(folder, run_id, keep)
     return final
 
 
-def _refuse_non_finite(state: State) -> None:
-    for name, tensor in state.weights.items():
-        if not torch.isfinite(tensor).all():
-            raise errors.Diverged(
-                f"step {state.step}: {name} holds numbers that are not finite, so no checkpoint "
-                "was written. The one before is whole: lower training.learning_rate and start "
-                "with --fresh."
-            )
+class _WriteError(Exception):
+    """What a disk said, to whichever process."""
+
+
+def _together(peers: pieces.Peers, work: Callable[[], Any] | None) -> list[Any]:
+    """What the work of every process gives; where that of one fails, all raise _WriteError."""
+    given, said, cause = None, None, None
+    try:
+        given = None if work is None else work()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors report a full disk as errors of their own.
+        said, cause = _short(error), error
+    found = peers.gathered([(given, said)])
+    if why := next((said for _, said in found if said is not None), None):
+        raise _WriteError(why) from cause
+    return [given for given, _ in found]
 
 
 def _clear(folder: Path, run_id: str) -> None:
@@ -155,20 +196,32 @@ def _aside(path: Path) -> Path:
     return aside
 
 
-def _write(folder: Path, state: State, run_id: str, best: int) -> None:
+def _write(folder: Path, state: State, peers: pieces.Peers) -> Listed:
+    """Write what is this process's to write, and tell of it as the manifest does."""
     moments, settings = _split(state.optimizer)
-    rng = {f"{rank}.{name}": t for rank, each in enumerate(state.rng) for name, t in each.items()}
-    _write_tensors(folder / "weights.safetensors", state.weights)
-    _write_tensors(folder / "optimizer.safetensors", moments)
-    _write_tensors(folder / "rng.safetensors", rng)
-    if state.average:
-        _write_tensors(folder / AVERAGE, state.average)
-    plain = {"optimizer": settings, "scheduler": state.scheduler, "meta": state.meta}
-    _write_json(folder / "state.json", plain)
+    paths = [folder / pieces.name(kind, peers) for kind in (WEIGHTS, MOMENTS)]
+    for path, tensors in zip(paths, (state.weights, moments), strict=True):
+        _write_tensors(path, tensors)
+    if peers.index == 0:
+        rng = {
+            f"{rank}.{name}": t for rank, each in enumerate(state.rng) for name, t in each.items()
+        }
+        paths += [folder / name for name in PARTS]
+        _write_tensors(folder / "rng.safetensors", rng)
+        plain = {"optimizer": settings, "scheduler": state.scheduler, "meta": state.meta}
+        _write_json(folder / "state.json", plain)
+        if state.average:
+            paths.append(folder / pieces.name(AVERAGE, pieces.ALONE))
+            _write_tensors(paths[-1], state.average)
     listed = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(paths):
         storage.DISK.sync(path)
         listed[path.name] = {"bytes": path.stat().st_size, "sha256": storage.sha256(path)}
+    return listed
+
+
+def _seal(folder: Path, state: State, run_id: str, best: int, listed: Listed) -> None:
+    """Write the manifest, once all that it lists is on the disk."""
     manifest = {
         "version": VERSION,
         "run": run_id,
@@ -177,7 +230,7 @@ def _write(folder: Path, state: State, run_id: str, best: int) -> None:
         "processes": len(state.rng),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "files": listed,
+        "files": dict(sorted(listed.items())),
     }
     _write_json(folder / MANIFEST, manifest)
     storage.DISK.sync(folder / MANIFEST)
@@ -231,8 +284,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return value
 
 
-def fault(folder: Path, run_id: str) -> str | None:
-    """Why a checkpoint cannot be used, or None when it is whole and of this run."""
+def fault(folder: Path, run_id: str, peers: pieces.Peers = pieces.ALONE) -> str | None:
+    """Why a checkpoint cannot be used, or None when it is whole and of this run.
+
+    peers: the processes that ask together, each of which reads some of its files.
+    """
+    return next(filter(None, peers.gathered([_fault(folder, run_id, peers)])), None)
+
+
+def _fault(folder: Path, run_id: str, peers: pieces.Peers) -> str | None:
+    """What this process finds, of its share of the files."""
     try:
         manifest = _manifest(folder)
         known, owner, step = manifest["version"], manifest["run"], manifest["step"]
@@ -245,28 +306,36 @@ def fault(folder: Path, run_id: str) -> str | None:
         return "it belongs to another run"
     if step != int(folder.name):
         return f"it is of step {step}"
-    if missing := set(PARTS) - set(listed):
-        return f"its {MANIFEST} does not list {min(missing)}"
-    for name, (size, digest) in listed.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if storage.sha256(path) != digest:
-            return f"{name} was changed, its sha256 differs"
+    needed = [pieces.missing(kind, listed) for kind in (WEIGHTS, MOMENTS)]
+    needed += [name for name in PARTS if name not in listed]
+    if missing := next(filter(None, needed), None):
+        return f"its {MANIFEST} does not list {missing}"
+    mine = list(listed)[peers.index :: peers.count]
+    return next(filter(None, (_differs(folder / name, *listed[name]) for name in mine)), None)
+
+
+def _differs(path: Path, size: int, digest: str) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
+    if storage.sha256(path) != digest:
+        return f"{path.name} was changed, its sha256 differs"
     return None
 
 
-def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
+def latest(
+    folder: Path, run_id: str, peers: pieces.Peers = pieces.ALONE
+) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a warning for each newer one passed over.
 
-    Raises RunError when there are checkpoints but none is whole: starting anew would lose them.
+    peers: as `fault` has them. Raises RunError when there are checkpoints but none is whole:
+    starting anew would lose them.
     """
     warnings: list[str] = []
     found = storage.numbered(folder)
     for path in found:
-        why = fault(path, run_id)
+        why = fault(path, run_id, peers)
         if why is None:
             return path, warnings
         warnings.append(f"{path}: passed over, {why}.")
@@ -278,21 +347,27 @@ def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
     return None, warnings
 
 
-def load(path: Path) -> State:
-    """A checkpoint read back, tensors on the CPU."""
+def load(path: Path, take: Take = pieces.Pieces.__getitem__) -> State:
+    """A checkpoint read back, tensors on the CPU; weights when they are asked for.
+
+    take: what is to be had of each tensor of the optimizer's state, which is named by
+    `parameter.field`.
+    """
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     rng: dict[int, Tensors] = {}
     for key, tensor in load_file(path / "rng.safetensors").items():
         rank, _, name = key.partition(".")
         rng.setdefault(int(rank), {})[name] = tensor
+    moments = pieces.Pieces(path, MOMENTS)
+    average = path / pieces.name(AVERAGE, pieces.ALONE)
     return State(
         step=int(path.name),
-        weights=load_file(path / "weights.safetensors"),
-        optimizer=_joined(load_file(path / "optimizer.safetensors"), saved["optimizer"]),
+        weights=pieces.Pieces(path, WEIGHTS),
+        optimizer=_joined({key: take(moments, key) for key in moments}, saved["optimizer"]),
         scheduler=saved["scheduler"],
         rng=[rng[rank] for rank in sorted(rng)],
         meta=saved["meta"],
-        average=load_file(path / AVERAGE) if (path / AVERAGE).is_file() else {},
+        average=load_file(average) if average.is_file() else {},
     )
 
 

@@ -386,8 +386,7 @@ class _Made:
 
     def _disk(self, plan: plans.Plan) -> int:
         training, steps = self.recipe.training, len(plan)
-        trained = sum(p.nbytes for p in self.outline.parameters() if p.requires_grad)
-        checkpoint = trained + optimizers.state_bytes(self.outline, training)
+        checkpoint = rehearsing.checkpoint_bytes(self.outline, training)
         more = rehearsing.checkpoints_more(training, steps, steps)
         return int(more * checkpoint + rehearsing.result_bytes(self.recipe, self.outline))
 

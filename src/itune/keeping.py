@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from itune import (
     checkpoints,
     errors,
     launching,
+    pieces,
     recipes,
     rowlosses,
     runs,
@@ -66,34 +68,45 @@ class Keeper:
     def _run_id(self) -> str:
         return str(self.run.manifest["id"])
 
+    @property
+    def _peers(self) -> pieces.Peers:
+        return peers(self.accelerator)
+
     def resume(self, watcher: watching.Watcher) -> None:
         """Restore the newest whole checkpoint, if there is one."""
-        path, broken = checkpoints.latest(self.run.checkpoints, self._run_id)
+        path, broken = checkpoints.latest(self.run.checkpoints, self._run_id, self._peers)
         for why in broken:
             launching.warn(why)
         rank, seed = self.accelerator.process_index, self.settings.seed
         if path is None:
             torch.manual_seed(seed + rank)
             return
-        state = checkpoints.load(path)
+        state = checkpoints.load(path, self._moment)
         if set(dict(trainable(self.model, self.accelerator))) != set(state.weights):
             raise errors.RunError(
                 f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
             )
-        self._put(state.weights)
-        self.optimizer.load_state_dict(sharding.parts(state.optimizer, self.optimizer))
+        self._put(path)
+        self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)
         if differs := checkpoints.go_on(state, rank, self.accelerator.num_processes, seed):
             watcher.say(differs)
         self.at = Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
         if self._wants_best():
-            self.at.best.checkpoint(self.run)  # that it is gone is told before the work
+            self.at.best.checkpoint(self.run, self._peers)  # that it is gone is told at once
         self.average.restore(state.average)
 
-    def _put(self, weights: checkpoints.Tensors) -> None:
+    def _put(self, checkpoint: Path) -> None:
+        weights = pieces.Pieces(checkpoint, checkpoints.WEIGHTS)
         with torch.no_grad():
             for name, parameter in trainable(self.model, self.accelerator):
-                parameter.copy_(sharding.part(weights[name], parameter))
+                parameter.copy_(sharding.part(weights, name, parameter, self._peers))
+
+    def _moment(self, moments: pieces.Pieces, key: str) -> torch.Tensor:
+        """What this process has of a tensor of the optimizer's state, cut as its parameter is."""
+        number = int(key.partition(".")[0])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return sharding.part(moments, key, parameters[number], self._peers)
 
     def _wants_best(self) -> bool:
         """Whether the weights that are to come out are not the present ones."""
@@ -104,33 +117,34 @@ class Keeper:
         if not self._wants_best():
             return
         with beats.PULSE.working(False):
-            self._put(checkpoints.load(self.at.best.checkpoint(self.run)).weights)
+            self._put(self.at.best.checkpoint(self.run, self._peers))
         self.at.heldout_loss = self.at.best.loss
 
     def save(self, row_losses: rowlosses.File | None = None) -> None:
-        """Publish a checkpoint of the present step, from rank 0.
+        """Publish a checkpoint of the present step, from rank 0; of a cut model, from all.
 
         The log, and the losses of rows where they are kept, have every step of it by then.
         """
         rng = gathered([checkpoints.random_state()])
         main = self.accelerator.is_main_process
-        named = {n: p.detach() for n, p in trainable(self.model, self.accelerator)}
-        with beats.PULSE.meeting():
-            weights = sharding.gathered(named, keep=main)
-            moments = sharding.gathered(self.optimizer.state_dict(), keep=main)
-        if main:
+        inner = self.accelerator.unwrap_model(self.model)
+        if cut := sharding.is_cut(inner):
+            sharding.let_go(inner)
+        if main or cut:
+            named = {n: p.detach() for n, p in trainable(self.model, self.accelerator)}
             state = checkpoints.State(
                 step=self.at.step,
-                weights=weights,
-                optimizer=moments,
+                weights=sharding.owned(named, first=main),
+                optimizer=sharding.owned(self.optimizer.state_dict(), first=main),
                 scheduler=self.scheduler.state_dict(),
                 rng=rng,
                 meta=asdict(self.at),
                 average=self.average.mean,
             )
-            storage.DISK.sync(self.run.dir / "log.jsonl")
-            if row_losses is not None:
-                row_losses.sync()
+            if main:
+                storage.DISK.sync(self.run.dir / "log.jsonl")
+                if row_losses is not None:
+                    row_losses.sync()
             with beats.PULSE.working(False):
                 checkpoints.save(
                     self.run.checkpoints,
@@ -138,6 +152,7 @@ class Keeper:
                     run_id=self._run_id,
                     keep=self.settings.save_total_limit,
                     best=self.at.best.step if self.settings.keeps_best else 0,
+                    peers=self._peers if cut else pieces.ALONE,
                 )
         with beats.PULSE.meeting():
             self.accelerator.wait_for_everyone()
@@ -147,6 +162,11 @@ def trainable(model: Any, accelerator: Accelerator) -> Iterator[tuple[str, torch
     """The trained parameters by the names that they have without any wrapping."""
     inner = accelerator.unwrap_model(model)
     return ((name, p) for name, p in inner.named_parameters() if p.requires_grad)
+
+
+def peers(accelerator: Accelerator) -> pieces.Peers:
+    """The processes of a run, for what they write or read together."""
+    return pieces.Peers(accelerator.process_index, accelerator.num_processes, gathered)
 
 
 def gathered(own: list[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from itune import averaging, errors, recipes
+from itune import averaging, errors, pieces, recipes
 
 
 def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
@@ -33,12 +33,19 @@ def optimizer(model: Any, settings: recipes.Training) -> torch.optim.Optimizer:
     return _adamw(named, settings, fused=settings.optim != "adamw_torch")
 
 
-def blank_state(model: Any, settings: recipes.Training) -> dict[str, Any]:
-    """The optimiser's state_dict as it is after a step, but all zeros; tensors on the CPU."""
+def blank_state(
+    model: Any, settings: recipes.Training, peers: pieces.Peers = pieces.ALONE
+) -> dict[str, Any]:
+    """The optimiser's state_dict as it is after a step, but all zeros; tensors on the CPU.
+
+    peers: the processes that it is cut over, of which this one has its rows.
+    """
     state = _outline(model, settings)
     state["state"] = {
         number: {
-            name: torch.zeros_like(value, device="cpu") if torch.is_tensor(value) else value
+            name: torch.zeros_like(pieces.own(value, peers), device="cpu")
+            if torch.is_tensor(value)
+            else value
             for name, value in fields.items()
         }
         for number, fields in state["state"].items()

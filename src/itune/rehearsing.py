@@ -34,9 +34,11 @@ from itune import (
     generation,
     jobs,
     judging,
+    keeping,
     likelihoods,
     models,
     optimizers,
+    pieces,
     plans,
     recipes,
     runs,
@@ -65,29 +67,34 @@ def rehearse(
     *,
     outline: Any,
     answering: Any,
+    cut: bool,
 ) -> None:
     """Try everything that the run will need; every process calls it.
 
     `kernel`: the attention with which the model answers. `outline`: the whole model, with weights
     or without; `answering`: one that a process has whole. Both are the job's where that is not cut
-    yet. A run that has a checkpoint has shown
-    most of it: there it is the room, the trackers, and answers if their settings are others.
+    yet; `cut`: it is, or will be. A run that has a checkpoint has shown most of it: there it is the
+    room, the trackers, and answers if their settings are others.
     Raises EnvironmentRefusal where disk or trackers refuse, Diverged where the loss is not finite,
     UserError where answers cannot be made or scored.
     """
     begun = bool(storage.numbered(run.checkpoints))
     tried = []
+    unknown = keeping.gathered([not begun or "checkpoint_seconds" not in run.manifest])[0]
     with _undisturbed(job.model):
-        weights = _weights(job.model, keep=accelerator.is_main_process)
+        size = checkpoint_bytes(outline, recipe.training)
         if accelerator.is_main_process:
-            state = _state(weights, outline, recipe.training, accelerator.num_processes)
-            _refuse_little_room(recipe, run, job, outline, _size(state))
+            _refuse_little_room(recipe, run, job, outline, size)
             tried += [_track(tracker) for tracker in accelerator.trackers]
             if not begun:
                 _save_and_load(run, encoder)
-            if not begun or "checkpoint_seconds" not in run.manifest:
-                run.update(checkpoint_seconds=_write_and_read(run, state))
-                tried.append(f"a checkpoint of {_megabytes(_size(state))}")
+        if unknown and (cut or accelerator.is_main_process):
+            peers = keeping.peers(accelerator) if cut else pieces.ALONE
+            state = _state(job.model, outline, recipe.training, accelerator.num_processes, peers)
+            seconds = _write_and_read(run, state, peers)
+            if accelerator.is_main_process:
+                run.update(checkpoint_seconds=seconds)
+            tried.append(f"a checkpoint of {_megabytes(size)}")
         if job.heldout is not None and not begun:
             _measure(job, job.heldout, accelerator)
             tried.append("a held-out batch")
@@ -119,20 +126,18 @@ def _mark(recipe: recipes.Recipe) -> str:
 # --- the disk -----------------------------------------------------------------------------
 
 
-def _weights(model: Any, *, keep: bool) -> checkpoints.Tensors:
-    """What is trained of a model, whole; of a cut one only where it is kept."""
-    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    gathered: checkpoints.Tensors = sharding.gathered(found, keep=keep)
-    return gathered
-
-
 def _state(
-    weights: checkpoints.Tensors, outline: Any, settings: recipes.Training, world: int
+    model: Any, outline: Any, settings: recipes.Training, world: int, peers: pieces.Peers
 ) -> checkpoints.State:
     """What a checkpoint will hold: the weights, and moments of the optimiser's that are zero yet.
 
-    Raises ModelError for weights that are not finite: no checkpoint could be made of them.
+    Of a model that is cut or will be, this process's rows. Raises ModelError for weights that are
+    not finite: no checkpoint could be made of them.
     """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    weights: checkpoints.Tensors = sharding.owned(trained, first=True)
+    if not sharding.is_cut(model):
+        weights = {name: pieces.own(tensor, peers) for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise errors.ModelError(
@@ -142,7 +147,7 @@ def _state(
     return checkpoints.State(
         step=0,
         weights=weights,
-        optimizer=optimizers.blank_state(outline, settings),
+        optimizer=optimizers.blank_state(outline, settings, peers),
         scheduler={},
         rng=[checkpoints.random_state() for _ in range(world)],
         meta={},
@@ -180,11 +185,10 @@ def _asked(encoder: encoding.Encoder, text: str) -> list[int]:
     return encoder.prompt([formats.Message("user", text)])
 
 
-def _size(state: checkpoints.State) -> int:
-    """Bytes of a checkpoint's tensors."""
-    moments = [t for fields in state.optimizer["state"].values() for t in fields.values()]
-    every = [*state.weights.values(), *moments, *(t for rank in state.rng for t in rank.values())]
-    return sum(t.nbytes for t in every if isinstance(t, torch.Tensor))
+def checkpoint_bytes(outline: Any, settings: recipes.Training) -> int:
+    """Bytes of a checkpoint's tensors, but for the few of random states."""
+    trained: int = sum(p.nbytes for p in outline.parameters() if p.requires_grad)
+    return trained + optimizers.state_bytes(outline, settings)
 
 
 def _refuse_little_room(
@@ -229,19 +233,21 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def _write_and_read(run: runs.Run, state: checkpoints.State) -> float:
+def _write_and_read(run: runs.Run, state: checkpoints.State, peers: pieces.Peers) -> float:
     """Publish a checkpoint in a folder of its own, read it back, and take it away again.
 
     Returns the seconds that publishing took.
     """
-    folder, run_id = run.checkpoints / TRIAL, str(run.manifest["id"])
-    if folder.exists():  # of a run that was killed here
+    folder, run_id, first = run.checkpoints / TRIAL, str(run.manifest["id"]), peers.index == 0
+    if first and folder.exists():  # of a run that was killed here
         storage.DISK.remove(folder)
     try:
         began = time.monotonic()
-        path = checkpoints.save(folder, state, run_id=run_id, keep=1)
+        path = checkpoints.save(folder, state, run_id=run_id, keep=1, peers=peers)
         seconds = round(time.monotonic() - began, 4)
-        fault = checkpoints.fault(path, run_id) or _other(checkpoints.load(path), state)
+        fault = checkpoints.fault(path, run_id, peers) or next(
+            filter(None, peers.gathered([_other(path, state, peers)])), None
+        )
         if fault:
             raise errors.EnvironmentRefusal(
                 f"{run.checkpoints}: a checkpoint was written and reads back otherwise: {fault}. "
@@ -249,7 +255,8 @@ def _write_and_read(run: runs.Run, state: checkpoints.State) -> float:
             )
         return seconds
     finally:
-        _take_away(folder)
+        if first:
+            _take_away(folder)
 
 
 def _take_away(folder: Path) -> None:
@@ -263,9 +270,10 @@ def _take_away(folder: Path) -> None:
             ) from error
 
 
-def _other(found: checkpoints.State, wanted: checkpoints.State) -> str | None:
+def _other(path: Path, wanted: checkpoints.State, peers: pieces.Peers) -> str | None:
+    found = pieces.Pieces(path, checkpoints.WEIGHTS)
     for name, tensor in wanted.weights.items():
-        if not torch.equal(found.weights[name], tensor.cpu()):
+        if not torch.equal(found.own(name, peers), tensor.cpu()):
             return f"{name} has other numbers"
     return None
 

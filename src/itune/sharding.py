@@ -2,8 +2,8 @@
 
 Needs torch. torch's own `fully_shard` does it, by the same calls on CPUs and GPUs: each repeated
 layer is gathered when it computes and let go of afterwards, and what is left goes with the root.
-Gradients and the optimiser's state are cut as their weights are. Whatever leaves the processes (a
-checkpoint, the result) is whole again. Every function that gathers is called by every process.
+Gradients and the optimiser's state are cut as their weights are, and so are checkpoints; the result
+is whole again. Every function that gathers is called by every process.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from itune import batches, errors, launching, losses, memory, probing, recipes
+from itune import batches, errors, launching, losses, memory, pieces, probing, recipes
 
 # Gradients that are compared before and after: the smaller tensors first, up to so many numbers.
 COMPARED = 64_000_000
@@ -185,6 +185,13 @@ def is_cut(model: Any) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def let_go(model: Any) -> None:
+    """Have every process keep its own rows alone: a measurement leaves what it gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def kept(model: Any) -> int:
     """How many of a model's parameters this process keeps; each shared one counts once."""
     return sum(
@@ -203,41 +210,29 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gathered(value: Any, *, keep: bool) -> Any:
-    """Mappings and lists with every cut tensor whole, on the CPU: one at a time, and only where
-    they are kept.
+def owned(value: Any, *, first: bool) -> Any:
+    """A mapping, and those in it, with this process's rows of every cut tensor.
+
+    Of what is not cut, only the `first` process has its tensors.
     """
     if isinstance(value, dict):
-        return {key: gathered(each, keep=keep) for key, each in value.items()}
-    if isinstance(value, list):
-        return [gathered(each, keep=keep) for each in value]
+        found = {key: owned(each, first=first) for key, each in value.items()}
+        return {key: each for key, each in found.items() if each is not None}
     if isinstance(value, DTensor):
-        full = whole(value.detach())
-        return full.cpu() if keep else None
-    return value
+        mine: torch.Tensor = value.to_local()
+        return mine.detach()
+    return None if torch.is_tensor(value) and not first else value
 
 
-def part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor that every process holds, cut as another is."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    moved = tensor.to(like.device_mesh.device_type)
-    # Every process has read the same file, so nothing is sent.
-    made = distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
-    return made.to(like.device)  # the machine's memory, where parts are kept there
-
-
-def parts(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimiser's whole state_dict, cut as the parameters of the optimiser are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    cut_state = {
-        number: {
-            name: part(value, parameters[number]) if torch.is_tensor(value) else value
-            for name, value in fields.items()
-        }
-        for number, fields in state["state"].items()
-    }
-    return {**state, "state": cut_state}
+def part(held: pieces.Pieces, name: str, like: torch.Tensor, peers: pieces.Peers) -> torch.Tensor:
+    """A tensor of a checkpoint, of which this process reads what it has of a parameter `like`."""
+    if not isinstance(like, DTensor) or held.shape(name) != like.shape:
+        return held[name]
+    mine = held.own(name, peers).to(like.to_local().device)
+    return DTensor.from_local(
+        mine, like.device_mesh, like.placements,
+        run_check=False, shape=like.shape, stride=like.stride(),
+    )  # fmt: skip
 
 
 # --- the result ---------------------------------------------------------------------------------
@@ -261,8 +256,8 @@ def fill(outline: Any, model: Any, *, keep: bool) -> None:
     cut_ones = dict(model.named_parameters())
     found: dict[int, torch.nn.Parameter] = {}
     for name, p in outline.named_parameters():
-        full = gathered(cut_ones[name], keep=keep)
-        if keep:  # of a model that was only measured since, the root is gathered already
+        full = whole(cut_ones[name].detach())
+        if keep:
             found[id(p)] = torch.nn.Parameter(full.cpu(), requires_grad=p.requires_grad)
     if keep:
         for module in outline.modules():

@@ -129,10 +129,10 @@ def _tuned(
         result = _cut(recipe, run, job, accelerator, screen, read, tried)
     rehearsing.rehearse(
         recipe, run, job, encoder, accelerator, kernel, screen.say,
-        outline=result, answering=tried,
+        outline=result, answering=tried, cut=cut,
     )  # fmt: skip
     if read is not None:
-        model.reshard()  # held-out rows have left the root whole, of which nothing is trained
+        sharding.let_go(model)  # held-out rows have left the root whole, which is not trained
         read = tried = None  # the stand-in has served
     elif cut:
         result = _cut(recipe, run, job, accelerator, screen)

@@ -85,7 +85,7 @@ def save_naively() -> None:
 
     whole_save = checkpoints.save
 
-    def save(folder: Path, state: Any, *, run_id: str, keep: int, best: int = 0) -> Path:
+    def save(folder: Path, state: Any, *, run_id: str, keep: int, **_: Any) -> Path:
         final = folder / f"{state.step:06d}"
         final.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=".") as beside:
@@ -97,11 +97,11 @@ def save_naively() -> None:
             shutil.rmtree(old)
         return final
 
-    def latest(folder: Path, run_id: str) -> tuple[Path | None, list[str]]:
+    def latest(folder: Path, run_id: str, _: Any = None) -> tuple[Path | None, list[str]]:
         return next(iter(storage.numbered(folder)), None), []
 
     checkpoints.save, checkpoints.latest = save, latest
-    checkpoints.fault = lambda folder, run_id: None
+    checkpoints.fault = lambda *_: None
 
 
 def begun(run: Path) -> dict[Path, int]:

@@ -172,6 +172,7 @@ def test_what_changes_its_base_is_saved_as_a_plain_lora_for_the_base_as_it_is(
     assert not (run / ".start").exists()
     settings = json.loads((run / "model/adapter_config.json").read_text())
     assert (settings["init_lora_weights"], settings["r"]) == (True, 8)
+    assert settings["target_modules"] == sorted(settings["target_modules"])
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     with torch.inference_mode():
         untuned = base.eval()(ids).logits

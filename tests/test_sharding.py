@@ -278,7 +278,8 @@ def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(
     (ready / "full.py").write_text(FULL)
     ended = launched(ready, "full.py", *more)
     assert "exitcode  : 3" in ended.stderr
-    assert "000008: the checkpoint could not be written ([Errno 28] No space left on device" in ended.stderr
+    assert "000008: the checkpoint could not be written" in ended.stderr
+    assert "No space left on device" in ended.stderr
     folder = ready / "runs/run/checkpoints"
     assert [path.name for path in sorted(folder.iterdir())] == ["000004"]
     done = itune(*line(*more, *FSDP))
@@ -319,10 +320,9 @@ def test_a_model_that_is_read_layer_by_layer_trains_to_the_same_bits(
     transformers.LlamaForCausalLM(config).save_pretrained(ready / "model", max_shard_size="100KB")
     (ready / "script.py").write_text(READ)
     more = (*more, "-s", "training.max_steps=4", "-s", "training.save_steps=2")
-    same_order = {"PYTHONHASHSEED": "0"}  # of the layers that an adapter_config.json lists
-    whole = itune(*line("-o", "runs/whole", *more, *FSDP), env=same_order)
+    whole = itune(*line("-o", "runs/whole", *more, *FSDP))
     assert whole.returncode == 0, whole.stderr
-    read = launched(ready, "script.py", "-o", "runs/read", *more, **same_order)
+    read = launched(ready, "script.py", "-o", "runs/read", *more)
     assert read.returncode == 0, read.stderr
     assert "tried beforehand are 2 of its 5 layers" in read.stderr
 

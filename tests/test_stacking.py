@@ -80,6 +80,7 @@ def test_an_adapter_on_random_weights_keeps_them_and_names_no_repository(
     assert ended.code == 0, ended.err
     settings = json.loads(Path("runs/new/model/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(folder / "runs/new/base")
+    assert settings["target_modules"] == sorted(settings["target_modules"])  # in every run alike
     assert cli("generate", "--run", "runs/new", "Where is 3?").code == 0
 
 

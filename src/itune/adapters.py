@@ -205,6 +205,10 @@ def save(model: Any, settings: Mapping[str, Any] | None, folder: Path, start: Pa
     if settings is None:
         model.save_pretrained(folder)
         return
+    for wanted in model.peft_config.values():
+        for name, value in vars(wanted).items():
+            if isinstance(value, set):  # else a file of the same adapter differs from run to run
+                setattr(wanted, name, sorted(value))
     # No vocabulary is resized here, so embeddings need no copy; left to itself, peft asks the hub.
     if not changes_base(settings):
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -70,7 +70,6 @@ ORDER = (
     "attention",
     "quantization",
     "probing",
-    "phrases",
     "vocabularies",
     "weights",
     "locating",

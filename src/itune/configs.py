@@ -37,6 +37,7 @@ def config_of(wanted: recipes.Model) -> Any:
         entries = {} if isinstance(chosen, str) else {"vocab_size": chosen.vocab_size}
         if entries or "vocab_size" in wanted.from_scratch.config:
             entries["pad_token_id"] = 0
+        entries["eos_token_id"] = 0  # some cannot be without one
         return _blank_config(wanted.from_scratch, entries)
     name = wanted.name or ""
     location, revision = locating.resolve(name, wanted.revision), wanted.revision
@@ -189,9 +190,8 @@ def asked_tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str =
     kept = None if run is None else run.dir / "tokenizer"
     if kept is not None and kept.is_dir():
         return tokenizer(str(kept), kind=kind)
-    made = vocabularies.train(
-        scratch.tokenizer, lambda: data.texts(recipe.data.train, command), kind
-    )
+    texts = data.texts(recipe.data.train, command)
+    made = vocabularies.train(scratch.tokenizer, texts, kind)
     if kept is not None:
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROWS = [
@@ -122,6 +124,19 @@ def test_a_large_model_is_planned_from_its_config(cli: Any, recipe: Path, large:
 
 
 @pytest.mark.slow
+def test_a_micro_batch_of_long_rows_is_tried_before_a_larger_one_of_short_rows() -> None:
+    """Attention that drops out holds a number for every two tokens of a row."""
+    from itune import plans, trying
+
+    lengths = np.array([16] * 16 + [240] + [8] * 4 + [230])
+    rows = [np.arange(16), np.array([16]), np.arange(17, 21), np.array([21])]
+    none = np.zeros(1, np.int64)
+    plan = plans.Plan(none, none, none, [0], [22], np.arange, lengths, 256, 1, padded=False)
+    plan.step = lambda _: SimpleNamespace(ranks=[rows])
+    assert trying.heaviest(plan).tolist() == [16]  # 240 tokens, where sixteen rows have 256
+    assert trying.most_tokens(plan) == 256
+
+
 def test_what_does_not_fit_is_refused_with_what_would(cli: Any, recipe: Path, large: Path) -> None:
     """The change that is named makes it fit, and the figure is that of the plan with it."""
     given = ("tune", "-r", recipe, "-s", f"model.name={large}", "-s", "plan.tflops=100")

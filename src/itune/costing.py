@@ -219,17 +219,19 @@ class _Made:
         heaviest, typical = trying.heaviest(plan), trying.typical(plan)[1]
         # Where a step has one micro-batch, no earlier one has left its gradient.
         several = len(plan.step(0).ranks[0]) > 1
-        rows = [typical, heaviest] if several else [heaviest]
         collate = path.collate(self.tokenizer.pad_token_id)
         cast = trying.autocast(recipe, replace(self.place, device=torch.device("cpu")))
         over = self._cut_over(recipe)
         computed = model if over == 1 else portions.computed(recipe, model, self.place)
         part = None if over == 1 else portions.parts(model, over)
+        simulated = functools.partial(
+            simulating.held,
+            computed, settings=recipe.training, head=path.head, autocast=cast, own=part,
+        )  # fmt: skip
         try:
-            parts = [collate(self.corpus, each) for each in rows]
-            held = simulating.held(
-                computed, parts, recipe.training, head=path.head, autocast=cast, own=part
-            )
+            usual, most = (collate(self.corpus, each) for each in (typical, heaviest))
+            held = simulated([usual, most] if several else [most])
+            flops = held.flops[0] if several else simulated([usual]).flops[0]
         except RuntimeError as error:  # of torch's fake tensors, in a model's own code
             raise errors.ModelError(
                 f"--plan: a step of {type(model).__name__} cannot be gone through without its "
@@ -238,7 +240,7 @@ class _Made:
             ) from error
         model.set_attn_implementation(own)
         kept = portions.kept(recipe, model, self.place, over)
-        return {**held.bytes, **kept}, sum(held.flops) / sum(map(plan.cost, rows))
+        return {**held.bytes, **kept}, flops / plan.cost(typical)
 
     def _filled(
         self,
@@ -253,7 +255,7 @@ class _Made:
         On a CPU, of a model that is cut, and where the recipe says how large they are, those of the
         plan.
         """
-        tokens, each = plan.cost(trying.heaviest(plan)), sum(per.values())
+        tokens, each = trying.most_tokens(plan), sum(per.values())
         tried = recipe.training.micro_batch_tokens is None and self._cut_over(recipe) == 1
         if self.place.device.type == "cuda" and tried:
             most = -(-recipe.training.tokens_per_step // self._world(recipe))

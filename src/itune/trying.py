@@ -32,6 +32,8 @@ from itune import (
 )
 
 LEAST, MOST = 3.0, 12.0  # chosen: seconds of trying that settle a mean, and that one waits for
+LOOKED_AT = 100  # steps
+NEARLY = 0.9  # of a micro-batch's tokens
 PLACES = (1 / 6, 1 / 2, 5 / 6)  # of the run, at which steps are looked at
 
 
@@ -151,11 +153,27 @@ def typical(plan: plans.Plan) -> list[np.ndarray]:
     return found
 
 
-def heaviest(plan: plans.Plan, looked_at: int = 100) -> np.ndarray:
-    """The rows of the largest micro-batch of some steps all over a run, and of the longest row."""
-    steps = np.unique(np.linspace(0, len(plan) - 1, min(looked_at, len(plan))).astype(int))
-    parts = [part for k in steps for part in plan.step(int(k)).ranks[0]]
-    return max(parts, key=plan.cost)
+def heaviest(plan: plans.Plan) -> np.ndarray:
+    """The rows of the micro-batch that needs the most memory of some steps all over a run.
+
+    Of those that have nearly as many tokens as the largest, the one with the longest rows:
+    attention may hold a number for every two tokens of a row.
+    """
+    parts = _some(plan)
+    least = NEARLY * max(map(plan.cost, parts))
+    large = [part for part in parts if plan.cost(part) >= least]
+    return max(large, key=lambda rows: int(np.square(plan.lengths[rows], dtype=np.int64).sum()))
+
+
+def most_tokens(plan: plans.Plan) -> int:
+    """The tokens of the largest micro-batch of some steps all over a run."""
+    return max(map(plan.cost, _some(plan)))
+
+
+def _some(plan: plans.Plan) -> list[np.ndarray]:
+    """The micro-batches of some steps all over a run, the first and the last among them."""
+    steps = np.unique(np.linspace(0, len(plan) - 1, min(LOOKED_AT, len(plan))).astype(int))
+    return [part for k in steps for part in plan.step(int(k)).ranks[0]]
 
 
 def operations_a_second(place: models.Placement) -> float:

@@ -67,7 +67,7 @@ def test_a_run_goes_on_once_its_checkpoints_can_be_written(
     from itune import rehearsing
 
     with monkeypatch.context() as patched:
-        patched.setattr(rehearsing, "_write_and_read", lambda run, state: None)
+        patched.setattr(rehearsing, "_write_and_read", lambda *_: None)
         code, said = ended("-s", "training.save_steps=3", "-o", "runs/none", most=600_000)
         assert code == 3, said
         assert "000003: the checkpoint could not be written" in said

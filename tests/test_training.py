@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from itune import checkpoints, errors, losses, rowlosses, storage
+from itune import checkpoints, errors, losses, pieces, rowlosses, sharding, storage
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
@@ -119,6 +120,63 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(
         for name in ("killed", "straight")
     )
     assert ours == theirs
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(
+    tmp_path: Path, tiny_model_dir: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from itune import training
+
+    folder_with(tmp_path, tiny_model_dir)
+    with monkeypatch.context() as dying:
+        dying.setattr(training._Loop, "_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cli("tune", "-r", "tune.yaml", "-o", "runs/killed")
+    run = tmp_path / "runs/killed"
+    run_id = json.loads((run / "run.json").read_text())["id"]
+    other = {"w": torch.ones(2)}, {"state": {99: {"exp_avg": torch.ones(2)}}, "param_groups": []}
+    state = checkpoints.State(3, *other, {}, [checkpoints.random_state()], {})
+    checkpoints.save(run / "checkpoints", state, run_id=run_id, keep=1)
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/killed")
+    assert ended.code == 2
+    assert "000003: holds other parameters." in ended.err
+
+
+@pytest.mark.parametrize("written", [1, 2, 3, 5])
+@pytest.mark.parametrize("read", [1, 2, 4, 7])
+def test_any_number_of_processes_reads_what_any_number_wrote(
+    written: int, read: int, tmp_path: Path
+) -> None:
+    """Fewer rows than processes, and what has none, among it. Each has its share as FSDP2 cuts."""
+    whole = {
+        "seven": torch.arange(21.0).view(7, 3),
+        "one": torch.ones(1, 2),
+        "vector": torch.arange(4),
+        "scalar": torch.tensor(5.0),
+    }
+    for index in range(written):
+        peers = pieces.Peers(index, written, list)
+        mine = {key: pieces.own(tensor, peers).contiguous() for key, tensor in whole.items()}
+        save_file(mine, tmp_path / pieces.name("weights", peers))
+    if written == 2:  # what a launch that was killed left
+        save_file({"seven": torch.zeros(7, 3)}, tmp_path / "weights-00002-of-00003.safetensors")
+    held = pieces.Pieces(tmp_path, "weights")
+    for key, tensor in whole.items():
+        assert torch.equal(held[key], tensor)
+        assert held.shape(key) == tensor.shape
+        for index in range(read if tensor.dim() else 0):
+            chunks = torch.chunk(tensor, read)
+            share = chunks[index] if index < len(chunks) else tensor[:0]
+            assert torch.equal(held.own(key, pieces.Peers(index, read, list)), share)
+
+
+def test_what_was_read_does_not_hold_a_checkpoint_on_the_disk(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4096)}, tmp_path / "weights.safetensors")
+    held = pieces.Pieces(tmp_path, "weights")
+    read = sharding.part(held, "w", torch.zeros(4096), pieces.ALONE)
+    del held
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert read.sum() == 4096
 
 
 def test_watching_changes_no_bit(tmp_path: Path, tiny_model_dir: Path, cli: Any) -> None:

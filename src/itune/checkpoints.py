@@ -319,7 +319,11 @@ def _differs(path: Path, size: int, digest: str) -> str | None:
         return f"{path.name} is missing"
     if path.stat().st_size != size:
         return f"{path.name} has {path.stat().st_size} bytes instead of {size}"
-    if storage.sha256(path) != digest:
+    try:
+        same = storage.sha256(path) == digest
+    except OSError as error:
+        return f"{path.name} cannot be read ({_short(error)})"
+    if not same:
         return f"{path.name} was changed, its sha256 differs"
     return None
 
@@ -333,7 +337,8 @@ def latest(
     starting anew would lose them.
     """
     warnings: list[str] = []
-    found = storage.numbered(folder)
+    # The first process's list: another machine may not see yet what is new.
+    found = [folder / n for n in peers.gathered([[p.name for p in storage.numbered(folder)]])[0]]
     for path in found:
         why = fault(path, run_id, peers)
         if why is None:

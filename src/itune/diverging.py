@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from itune import checkpoints, errors, jobs, plans, runs
+from itune import beats, checkpoints, errors, jobs, plans, runs
 
 MAX_BAD_STEPS = 3
 NAMED = 8  # chosen: rows that are named; a step may have thousands
@@ -40,7 +40,8 @@ def _rows(job: jobs.Job, step: plans.Step) -> str:
 
 def _whole(run: runs.Run) -> str:
     try:
-        path, _ = checkpoints.latest(run.checkpoints, str(run.manifest["id"]))
+        with beats.PULSE.working(False):  # as long as a large one takes to be read
+            path, _ = checkpoints.latest(run.checkpoints, str(run.manifest["id"]))
     except errors.RunError:
         path = None
     return "No checkpoint is whole." if path is None else f"The last good checkpoint is {path}."

@@ -81,11 +81,12 @@ class Keeper:
         if path is None:
             torch.manual_seed(seed + rank)
             return
-        state = checkpoints.load(path, self._moment)
-        if set(dict(trainable(self.model, self.accelerator))) != set(state.weights):
+        held = pieces.Pieces(path, checkpoints.WEIGHTS)
+        if set(dict(trainable(self.model, self.accelerator))) != set(held):
             raise errors.RunError(
                 f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
             )
+        state = checkpoints.load(path, self._moment)
         self._put(path)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)

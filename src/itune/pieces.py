@@ -40,16 +40,20 @@ def name(kind: str, peers: Peers) -> str:
     return f"{kind}-{peers.index + 1:05d}-of-{peers.count:05d}{SUFFIX}"
 
 
+def files(kind: str, listed: Iterable[str]) -> list[str]:
+    """The files of a kind among some names: that of one process, or those of as many as wrote."""
+    mine, whole = set(listed), name(kind, ALONE)
+    if whole in mine:
+        return [whole]
+    counts = {int(m[1]) for n in mine if (m := re.fullmatch(rf"{kind}-\d+-of-(\d+){SUFFIX}", n))}
+    sets = [[name(kind, Peers(k, count, list)) for k in range(count)] for count in sorted(counts)]
+    return min(sets, key=lambda each: len(set(each) - mine), default=[whole])
+
+
 def missing(kind: str, listed: Iterable[str]) -> str | None:
     """The first file of a kind that a list of names lacks; None where it has all of them."""
     mine = set(listed)
-    if f"{kind}{SUFFIX}" in mine:
-        return None
-    counts = {int(m[1]) for n in mine if (m := re.fullmatch(rf"{kind}-\d+-of-(\d+){SUFFIX}", n))}
-    for count in counts:
-        wanted = [name(kind, Peers(index, count, list)) for index in range(count)]
-        return next((each for each in wanted if each not in mine), None)
-    return f"{kind}{SUFFIX}"
+    return next((each for each in files(kind, mine) if each not in mine), None)
 
 
 def bounds(rows: int, index: int, count: int) -> tuple[int, int]:
@@ -69,20 +73,16 @@ def own(tensor: torch.Tensor, peers: Peers) -> torch.Tensor:
 class Pieces(Mapping[str, torch.Tensor]):
     """The tensors of a kind in a folder by their names, on the CPU, each read when it is asked for.
 
-    Raises FileNotFoundError for a folder that has none of the kind.
+    Raises FileNotFoundError for a folder that lacks one of the kind.
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
-        paths = sorted(
-            path
-            for path in folder.glob(f"{kind}*{SUFFIX}")
-            if re.fullmatch(rf"{kind}(-\d+-of-\d+)?{SUFFIX}", path.name)
-        )
-        if not paths:
-            raise FileNotFoundError(folder / f"{kind}{SUFFIX}")
+        names = sorted(path.name for path in folder.iterdir())
+        if lacks := missing(kind, names):
+            raise FileNotFoundError(folder / lacks)
         self._held: dict[str, list[Any]] = {}
-        for path in paths:
-            file: Any = safe_open(path, framework="pt")
+        for each in files(kind, names):
+            file: Any = safe_open(folder / each, framework="pt")
             for key in file.keys():  # noqa: SIM118 - it cannot be iterated over
                 self._held.setdefault(key, []).append(file)
 
@@ -94,7 +94,7 @@ class Pieces(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, key: str) -> torch.Tensor:
         files = self._held[key]
-        if len(files) == 1:
+        if len(files) == 1 or not files[0].get_slice(key).get_shape():
             tensor: torch.Tensor = files[0].get_tensor(key)
             return tensor
         return torch.cat([file.get_tensor(key) for file in files])

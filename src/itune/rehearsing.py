@@ -138,12 +138,12 @@ def _state(
     weights: checkpoints.Tensors = sharding.owned(trained, first=True)
     if not sharding.is_cut(model):
         weights = {name: pieces.own(tensor, peers) for name, tensor in weights.items()}
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise errors.ModelError(
-                f"{name}: holds numbers that are not finite before the first step. Take a base "
-                "model that is whole."
-            )
+    broken = next((name for name, t in weights.items() if not torch.isfinite(t).all()), None)
+    if broken := next(filter(None, peers.gathered([broken])), None):
+        raise errors.ModelError(
+            f"{broken}: holds numbers that are not finite before the first step. Take a base "
+            "model that is whole."
+        )
     return checkpoints.State(
         step=0,
         weights=weights,

@@ -225,14 +225,17 @@ def owned(value: Any, *, first: bool) -> Any:
 
 
 def part(held: pieces.Pieces, name: str, like: torch.Tensor, peers: pieces.Peers) -> torch.Tensor:
-    """A tensor of a checkpoint, of which this process reads what it has of a parameter `like`."""
+    """A tensor of a checkpoint, of which this process reads what it has of a parameter `like`.
+
+    A copy, for what is read is the file itself, which would stay on the disk when it is removed.
+    """
     if not isinstance(like, DTensor) or held.shape(name) != like.shape:
-        return held[name]
-    mine = held.own(name, peers).to(like.to_local().device)
-    return DTensor.from_local(
-        mine, like.device_mesh, like.placements,
-        run_check=False, shape=like.shape, stride=like.stride(),
-    )  # fmt: skip
+        return held[name].clone()
+    mine = held.own(name, peers)
+    made = torch.empty_like(like.detach(), dtype=mine.dtype)  # where the parameter's own rows are
+    if isinstance(made, DTensor):
+        made.to_local().copy_(mine)
+    return made
 
 
 # --- the result ---------------------------------------------------------------------------------

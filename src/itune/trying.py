@@ -162,7 +162,13 @@ def heaviest(plan: plans.Plan) -> np.ndarray:
     parts = _some(plan)
     least = NEARLY * max(map(plan.cost, parts))
     large = [part for part in parts if plan.cost(part) >= least]
-    return max(large, key=lambda rows: int(np.square(plan.lengths[rows], dtype=np.int64).sum()))
+    return max(large, key=lambda rows: _pairs(plan, rows))
+
+
+def _pairs(plan: plans.Plan, rows: np.ndarray) -> int:
+    """Pairs of tokens of a row, over the rows of a micro-batch, padding among them where it is."""
+    lengths = plan.lengths[rows].astype(np.int64)
+    return int(lengths.max() ** 2 * len(lengths) if plan.padded else np.square(lengths).sum())
 
 
 def most_tokens(plan: plans.Plan) -> int:

@@ -81,6 +81,7 @@ ORDER = (
     "suiting",
     "outlines",
     "fingerprints",
+    "generators",
     "pieces",
     "checkpoints",
     "bests",

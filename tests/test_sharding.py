@@ -256,6 +256,15 @@ def test_each_process_writes_its_own_rows_of_a_checkpoint(ready: Path, itune: It
             assert float((torch.cat([first, second]) - tensor).abs().max()) < NEAR
 
 
+def ends(folder: Path, itune: Itune, *more: str) -> str:
+    """Go on with a cut run to its end, each of whose steps is there once; what was said."""
+    done = itune(*line(*more, *FSDP))
+    assert done.returncode == 0, done.stderr
+    assert [each["step"] for each in log(folder / "runs/run")] == [*range(1, 13)]
+    said: str = done.stderr
+    return said
+
+
 FULL = """
 import errno, os
 from itune import cli, storage
@@ -282,9 +291,7 @@ def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(
     assert "No space left on device" in ended.stderr
     folder = ready / "runs/run/checkpoints"
     assert [path.name for path in sorted(folder.iterdir())] == ["000004"]
-    done = itune(*line(*more, *FSDP))
-    assert done.returncode == 0, done.stderr
-    assert [each["step"] for each in log(ready / "runs/run")] == [*range(1, 13)]
+    ends(ready, itune, *more)
 
 
 @pytest.mark.slow
@@ -295,10 +302,8 @@ def test_a_checkpoint_without_the_part_of_a_process_is_passed_over(
     (ready / "torn.py").write_text(TORN)
     launched(ready, "torn.py", *more, STOPPED="yes")
     (ready / "runs/run/checkpoints/000009/weights-00002-of-00002.safetensors").unlink()
-    done = itune(*line(*more, *FSDP))
-    assert done.returncode == 0, done.stderr
-    assert "000009: passed over, weights-00002-of-00002.safetensors is missing" in done.stderr
-    assert [each["step"] for each in log(ready / "runs/run")] == [*range(1, 13)]
+    said = ends(ready, itune, *more)
+    assert "000009: passed over, weights-00002-of-00002.safetensors is missing" in said
 
 
 READ = """

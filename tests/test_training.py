@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from itune import checkpoints, errors, losses, pieces, rowlosses, sharding, storage
+from itune import checkpoints, errors, generators, losses, pieces, rowlosses, sharding, storage
 
 
 def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path) -> None:
             weights,
             {"state": {0: {"s": torch.ones(2)}}},
             {},
-            [checkpoints.random_state()],
+            [generators.state()],
             {},
         )
 
@@ -57,7 +57,7 @@ def test_rotation_leaves_what_another_made(tmp_path: Path) -> None:
     (foreign / "precious.txt").write_text("keep me")
     weights = {"w": torch.ones(1)}
     for step in (1, 2, 3):
-        state = checkpoints.State(step, weights, {}, {}, [checkpoints.random_state()], {})
+        state = checkpoints.State(step, weights, {}, {}, [generators.state()], {})
         checkpoints.save(tmp_path, state, run_id="mine", keep=1)
     assert (foreign / "precious.txt").read_text() == "keep me"
 
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_other_parameters_is_refused(
     run = tmp_path / "runs/killed"
     run_id = json.loads((run / "run.json").read_text())["id"]
     other = {"w": torch.ones(2)}, {"state": {99: {"exp_avg": torch.ones(2)}}, "param_groups": []}
-    state = checkpoints.State(3, *other, {}, [checkpoints.random_state()], {})
+    state = checkpoints.State(3, *other, {}, [generators.state()], {})
     checkpoints.save(run / "checkpoints", state, run_id=run_id, keep=1)
     ended = cli("tune", "-r", "tune.yaml", "-o", "runs/killed")
     assert ended.code == 2

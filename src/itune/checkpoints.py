@@ -7,14 +7,12 @@ model is cut over processes each writes its own rows, and any number of processe
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,8 +34,8 @@ class State:
     """All that a run needs to go on as if it had never stopped.
 
     weights: the trainable parameters by name; of a cut model, and of the optimizer's state, what
-    this process has of them. optimizer, scheduler: their state_dict. rng: what `random_state` gave
-    on each rank. meta: step, tokens, seconds and what else is counted; JSON.
+    this process has of them. optimizer, scheduler: their state_dict. rng: what `generators.state`
+    gave on each rank. meta: step, tokens, seconds and what else is counted; JSON.
     average: the mean of the weights so far, by name; empty where none is kept or none is begun.
     """
 
@@ -48,56 +46,6 @@ class State:
     rng: list[Tensors]
     meta: dict[str, Any]
     average: Tensors = field(default_factory=dict)
-
-
-# --- random numbers -----------------------------------------------------------------------------
-
-
-def random_state() -> Tensors:
-    """The state of every generator of this process, as tensors on the CPU."""
-    version, words, gauss = random.getstate()
-    state = {"cpu": torch.get_rng_state(), "python": torch.tensor(words, dtype=torch.int64)}
-    assert version == 3
-    if gauss is not None:
-        state["python_gauss"] = torch.tensor(gauss, dtype=torch.float64)
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Tensors) -> None:
-    """Give this process's generators the state that `random_state` gave."""
-    gauss = state.get("python_gauss")
-    words = tuple(state["python"].tolist())
-    random.setstate((3, words, None if gauss is None else float(gauss)))
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def go_on(state: State, rank: int, world: int, seed: int) -> str | None:
-    """Give this process the random state of its rank, and say what differs for a run whose number
-    of processes changed.
-
-    A rank that was not there draws from (seed, step, rank), so that the same start gives the same.
-    """
-    if rank < len(state.rng):
-        set_random_state(state.rng[rank])
-    else:
-        drawn = np.random.SeedSequence([seed, state.step, rank]).generate_state(1, np.uint64)
-        torch.manual_seed(int(drawn[0]))
-        random.seed(int(drawn[0]))
-    if world == len(state.rng):
-        return None
-    return (
-        f"goes on after step {state.step} in {_processes(world)}, was "
-        f"{_processes(len(state.rng))}: every step has the same rows; what is drawn at random in "
-        "it, such as dropout, differs."
-    )
-
-
-def _processes(count: int) -> str:
-    return f"{count} process{'es' * (count > 1)}"
 
 
 # --- saving -------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from itune import (
     bests,
     checkpoints,
     errors,
+    generators,
     launching,
     pieces,
     recipes,
@@ -87,18 +87,18 @@ class Keeper:
                 f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
             )
         state = checkpoints.load(path, self._moment)
-        self._put(path)
+        self._put(held)
         self.optimizer.load_state_dict(state.optimizer)
         self.scheduler.load_state_dict(state.scheduler)
-        if differs := checkpoints.go_on(state, rank, self.accelerator.num_processes, seed):
+        world = self.accelerator.num_processes
+        if differs := generators.go_on(state.rng, state.step, rank, world, seed):
             watcher.say(differs)
         self.at = Progress(**{**state.meta, "best": bests.Best(**state.meta["best"])})
         if self._wants_best():
             self.at.best.checkpoint(self.run, self._peers)  # that it is gone is told at once
         self.average.restore(state.average)
 
-    def _put(self, checkpoint: Path) -> None:
-        weights = pieces.Pieces(checkpoint, checkpoints.WEIGHTS)
+    def _put(self, weights: pieces.Pieces) -> None:
         with torch.no_grad():
             for name, parameter in trainable(self.model, self.accelerator):
                 parameter.copy_(sharding.part(weights, name, parameter, self._peers))
@@ -118,7 +118,8 @@ class Keeper:
         if not self._wants_best():
             return
         with beats.PULSE.working(False):
-            self._put(self.at.best.checkpoint(self.run, self._peers))
+            best = self.at.best.checkpoint(self.run, self._peers)
+            self._put(pieces.Pieces(best, checkpoints.WEIGHTS))
         self.at.heldout_loss = self.at.best.loss
 
     def save(self, row_losses: rowlosses.File | None = None) -> None:
@@ -126,7 +127,7 @@ class Keeper:
 
         The log, and the losses of rows where they are kept, have every step of it by then.
         """
-        rng = gathered([checkpoints.random_state()])
+        rng = gathered([generators.state()])
         main = self.accelerator.is_main_process
         inner = self.accelerator.unwrap_model(self.model)
         if cut := sharding.is_cut(inner):

@@ -77,11 +77,8 @@ class Pieces(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
-        names = sorted(path.name for path in folder.iterdir())
-        if lacks := missing(kind, names):
-            raise FileNotFoundError(folder / lacks)
         self._held: dict[str, list[Any]] = {}
-        for each in files(kind, names):
+        for each in files(kind, [path.name for path in folder.iterdir()]):
             file: Any = safe_open(folder / each, framework="pt")
             for key in file.keys():  # noqa: SIM118 - it cannot be iterated over
                 self._held.setdefault(key, []).append(file)
@@ -93,11 +90,11 @@ class Pieces(Mapping[str, torch.Tensor]):
         return len(self._held)
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        files = self._held[key]
-        if len(files) == 1 or not files[0].get_slice(key).get_shape():
-            tensor: torch.Tensor = files[0].get_tensor(key)
+        held = self._held[key]
+        if len(held) == 1 or not held[0].get_slice(key).get_shape():
+            tensor: torch.Tensor = held[0].get_tensor(key)
             return tensor
-        return torch.cat([file.get_tensor(key) for file in files])
+        return torch.cat([file.get_tensor(key) for file in held])
 
     def shape(self, key: str) -> torch.Size:
         """The shape of a whole tensor."""
@@ -106,8 +103,8 @@ class Pieces(Mapping[str, torch.Tensor]):
 
     def own(self, key: str, peers: Peers) -> torch.Tensor:
         """This process's rows of a tensor; no others are read."""
-        files = self._held[key]
-        parts = [file.get_slice(key) for file in files]
+        held = self._held[key]
+        parts = [file.get_slice(key) for file in held]
         shapes = [part.get_shape() for part in parts]
         if not shapes[0]:
             return self[key]

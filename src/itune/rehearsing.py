@@ -32,10 +32,12 @@ from itune import (
     families,
     formats,
     generation,
+    generators,
     jobs,
     judging,
     keeping,
     likelihoods,
+    memory,
     models,
     optimizers,
     pieces,
@@ -109,12 +111,12 @@ def rehearse(
 @contextlib.contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
     """The model's mode and every random state as before."""
-    training, drawn = model.training, checkpoints.random_state()
+    training, drawn = model.training, memory.Drawn()
     try:
         yield
     finally:
         model.train(training)
-        checkpoints.set_random_state(drawn)
+        drawn.restore()
 
 
 def _mark(recipe: recipes.Recipe) -> str:
@@ -135,9 +137,11 @@ def _state(
     not finite: no checkpoint could be made of them.
     """
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    weights: checkpoints.Tensors = sharding.owned(trained, first=True)
-    if not sharding.is_cut(model):
-        weights = {name: pieces.own(tensor, peers) for name, tensor in weights.items()}
+    weights: checkpoints.Tensors = (
+        sharding.owned(trained, first=peers.index == 0)
+        if sharding.is_cut(model)
+        else {name: pieces.own(tensor, peers) for name, tensor in trained.items()}
+    )
     broken = next((name for name, t in weights.items() if not torch.isfinite(t).all()), None)
     if broken := next(filter(None, peers.gathered([broken])), None):
         raise errors.ModelError(
@@ -149,7 +153,7 @@ def _state(
         weights=weights,
         optimizer=optimizers.blank_state(outline, settings, peers),
         scheduler={},
-        rng=[checkpoints.random_state() for _ in range(world)],
+        rng=[generators.state() for _ in range(world)],
         meta={},
         average={} if settings.swa_start is None else {k: t.float() for k, t in weights.items()},
     )

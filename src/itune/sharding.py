@@ -73,12 +73,14 @@ def cut_as_read(
 
     Raises ModelError for a model that cannot be cut. Nothing shows that it computes the same.
     """
-    with _refusing(model):
-        _shard(model, layers, accelerator, launch, fill)
+    _shard(model, layers, accelerator, launch, fill)
 
 
 @contextlib.contextmanager
 def _refusing(model: Any) -> Iterator[None]:
+    """What torch or a model's own code raises in being cut, in our words; what was computed within
+    was computed before by the whole model, so that it is the cutting.
+    """
     try:
         yield
     except (ValueError, TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
@@ -113,9 +115,11 @@ def _shard(
         options["offload_policy"] = CPUOffloadPolicy()
     for layer in layers:
         fill(layer)
-        fully_shard(layer, reshard_after_forward=launch.reshard_after_forward, **options)
+        with _refusing(model):
+            fully_shard(layer, reshard_after_forward=launch.reshard_after_forward, **options)
     fill(model)
-    fully_shard(model, **options)  # the root's are used first and last, and stay in between
+    with _refusing(model):
+        fully_shard(model, **options)  # the root's are used first and last, and stay in between
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from itune import checkpoints, errors, storage
+from itune import checkpoints, errors, generators, storage
 
 from .disks import KINDS, FaultyDisk
 
@@ -29,7 +29,7 @@ def state(step: int) -> checkpoints.State:
             "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0]}],
         },
         scheduler={"last_epoch": step},
-        rng=[checkpoints.random_state()],
+        rng=[generators.state()],
         meta={"step": step},
     )
 

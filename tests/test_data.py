@@ -309,3 +309,33 @@ def test_a_plain_text_has_no_answers_that_could_hold_control_tokens(tmp_path: Pa
     source = recipes.Source(path=str(tmp_path / "rows.jsonl"), allow_control_tokens=("<think>",))
     with pytest.raises(errors.DataError, match="allow_control_tokens: its rows are plain text"):
         data.corpus([source], thinking(), recipes.Training())
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        # 1 to 3 where 0 to 3 are allowed for: every label is one off, and none is out of range
+        ([[1, 2, 3]], ["no row has the answer bad, of 4 choices", "choices[LABEL - 1]"]),
+        ([[0, 0], [1, 2, 3]], []),
+        ([[0, 0], [1, 2]], ["no row has the answer superb, of 4 choices"]),
+    ],
+)
+def test_a_choice_that_no_row_has_as_its_answer_is_told(
+    sources: list[list[int]], told: list[str], tmp_path: Path, tiny_tokenizer_dir: Path
+) -> None:
+    (tmp_path / "judge.yaml").write_text(
+        "task: classification\nchoices: [bad, fair, good, superb]\n"
+        'prompts: ["{{ text }} How is it?"]\nresponse: "{{ choices[label] }}"\n'
+    )
+    given = []
+    for k, labels in enumerate(sources):
+        rows = [{"text": f"the red ball {label}", "label": label} for label in labels]
+        path = tmp_path / f"{k}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        given.append(recipes.Source(path=path.name, template="./judge.yaml"))
+    encoder = encoding.Encoder(configs.tokenizer(str(tiny_tokenizer_dir)))
+    made = data.corpus(given, encoder, recipes.Training())
+    said = [line for line in starting.counted(made, 1) if "no row has" in line]
+    assert len(said) == bool(told)
+    assert all(part in said[0] for part in told)
+    assert ("LABEL" in "".join(said)) == ("choices[LABEL - 1]" in told)

@@ -29,7 +29,7 @@ class Encoded:
 @dataclass
 class Tally:
     """What became of a source's rows; `held`: control strings that answers hold as text, and in
-    how many examples each."""
+    how many examples each; `answers`: of how many kept rows each of the choices is the answer."""
 
     read: int = 0
     kept: int = 0
@@ -42,12 +42,14 @@ class Tally:
     turned: int = 0
     turned_at: str = ""
     held: dict[str, int] = field(default_factory=dict)
+    answers: dict[str, int] = field(default_factory=dict)
 
     def add(self, later: Tally) -> None:
         """Count the rows of another tally, which come after these."""
         highest, turned_at = max(self.highest, later.highest), self.turned_at or later.turned_at
-        for text, number in later.held.items():
-            self.held[text] = self.held.get(text, 0) + number
+        for mine, theirs in ((self.held, later.held), (self.answers, later.answers)):
+            for text, number in theirs.items():
+                mine[text] = mine.get(text, 0) + number
         for name, value in asdict(later).items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)

@@ -324,6 +324,8 @@ class Job:
                 kept = True
         out.tally.kept += kept
         out.tally.too_long += too_long and not kept
+        if kept and (answer := first.messages[-1].content) in self.reading.choices:
+            out.tally.answers[answer] = out.tally.answers.get(answer, 0) + 1
 
     def _note(self, out: collecting.Out, index: int, text: str) -> None:
         """Count a row whose text shows in another order than the model reads it."""

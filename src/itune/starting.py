@@ -5,7 +5,8 @@ Needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,7 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
             f"{path}: a stream: masks and overlap with held-out rows are looked at in its first "
             f"{samples.STREAM_ROWS:,} rows alone"
         )
+    yield from _unanswered(corpus.reports)
     counts = corpus.an_epoch(seed)
     yield (
         f"training data: {counts.rows:,} of {counts.read:,} rows; an epoch has "
@@ -207,6 +209,27 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
         if number:
             said = cure.replace("{}", "it" if number == 1 else "them")
             yield f"training data: {number:,} {thing}{'s' * (number > 1)} {said}."
+
+
+def _unanswered(reports: Sequence[tallies.Report]) -> Iterator[str]:
+    """Which choices no training row has as its answer: what a model will hardly ever say.
+
+    Labels that count from 1, of which the highest is not there, look like this and nothing else.
+    """
+    answers: dict[str, collections.Counter[str]] = {}
+    named: dict[str, str] = {}
+    for report in reports:
+        answers.setdefault(report.template, collections.Counter()).update(report.answers)
+        named.setdefault(report.template, report.path)
+    for template, counts in answers.items():
+        unseen = [text for text, number in counts.items() if not number]
+        if unseen:
+            some = f"{', '.join(unseen[:3])}{' or others' * (len(unseen) > 3)}"
+            from_one = " Labels that count from 1 are written choices[LABEL - 1]."
+            yield (
+                f"{named[template]}: no row has the answer {some}, of {len(counts)} choices: it "
+                f"will not be learnt.{from_one * (unseen[0] == next(iter(counts)))}"
+            )
 
 
 def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any]:

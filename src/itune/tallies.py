@@ -39,7 +39,8 @@ class Counts:
 class Report:
     """What became of a source. `rows`: a digest that changes when the rows do; `template`: one of
     what is made of them. `held`: control strings that answers hold as text though they could be
-    allowed, and in how many examples each.
+    allowed, and in how many examples each. `answers`: of how many rows each of the template's
+    choices is the answer; empty where it has none.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Report:
     notes: tuple[str, ...] = ()
     held: Mapping[str, int] = dataclasses.field(default_factory=dict)
     template: str = ""
+    answers: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 def repeats(keys: np.ndarray) -> int:
@@ -83,6 +85,7 @@ def report(part: preparing.Part) -> Report:
         notes=(*part.rows.notes, *_turned(known)),
         held=known["held"],
         template=_template(part.reading.template),
+        answers={text: known["answers"].get(text, 0) for text in part.reading.choices},
     )
 
 

@@ -137,6 +137,7 @@ def test_a_micro_batch_of_long_rows_is_tried_before_a_larger_one_of_short_rows()
     assert trying.most_tokens(plan) == 256
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would(cli: Any, recipe: Path, large: Path) -> None:
     """The change that is named makes it fit, and the figure is that of the plan with it."""
     given = ("tune", "-r", recipe, "-s", f"model.name={large}", "-s", "plan.tflops=100")

@@ -185,6 +185,23 @@ def test_the_chunked_head_is_the_plain_loss(
         assert float((got - gradient).abs().max()) < 1e-6 * max(1, float(gradient.abs().max()))
 
 
+def test_a_long_loss_in_16_bits_is_added_up_in_more() -> None:
+    """bfloat16 has 8 digits: a sum of its own stands still where a chunk is 1/512 of it."""
+    draw = torch.Generator().manual_seed(1)
+    wanted = torch.randint(0, 40, (60_000,), generator=draw)
+    states = torch.randn(60_000, 8, generator=draw).bfloat16()
+    weight = torch.randn(40, 8, generator=draw).bfloat16()
+    exact = [x.double().requires_grad_() for x in (states, weight)]
+    plain = F.cross_entropy(F.linear(*exact), wanted, reduction="sum")
+    expected = torch.autograd.grad(plain / 60_000, exact)
+    inputs = [x.clone().requires_grad_() for x in (states, weight)]
+    made = losses.head_loss(*inputs, None, wanted, 64)
+    assert made.item() == pytest.approx(plain.item(), rel=1e-3)
+    for got, gradient in zip(torch.autograd.grad(made / 60_000, inputs), expected, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert float((got - gradient).norm() / gradient.norm()) < 0.005
+
+
 def test_a_frozen_head_gets_no_gradient_and_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(1)
     states = torch.randn(20, 8, generator=draw, requires_grad=True)

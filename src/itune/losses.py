@@ -23,8 +23,9 @@ TARGETS, KEPT, FULL = "targets", "kept", "full"
 
 # Rows a chunk, and the vocabulary from which on half of them. The head's weight is read twice a
 # chunk, so rows decide the speed: at 128 to 256 it is flat on a CPU (torch's default of 4 is nine
-# times slower), and beyond only memory grows.
-CHUNK, WIDE = 256, 65_536
+# times slower), and beyond only memory grows. In 16 bits it is mostly a GPU that computes, whose
+# products outrun its memory by hundreds: it takes as many more. chosen: not measured on one.
+CHUNK, WIDE, TIMES_IN_16_BITS = 256, 65_536, 4
 
 Each = list[torch.Tensor]
 
@@ -225,7 +226,9 @@ def head_loss(
     states [rows, width], weight [vocabulary, width], wanted int64 [rows]; `chunk` rows at a time.
     """
     chunk = chunk or chunk_of(len(states), weight)
-    if not fused():
+    # In 16 bits torch adds the chunks up in 16 bits as well, the loss and the weight's gradient: of
+    # 131,072 targets four fifths of the loss were lost. On a GPU it needs no less memory either.
+    if not fused() or states.dtype.itemsize < 4:
         loss: torch.Tensor = Chunked.apply(states, weight, bias, wanted, chunk)  # type: ignore[no-untyped-call]
         return loss
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
@@ -240,6 +243,7 @@ def chunk_of(rows: int, weight: torch.Tensor) -> int:
     All chunks are of one size: 365 rows in two of 183 need less memory than 256 and 109.
     """
     most = CHUNK if weight.shape[0] < WIDE else CHUNK // 2
+    most *= TIMES_IN_16_BITS if weight.dtype.itemsize < 4 else 1
     return -(-rows // max(1, -(-rows // most))) or 1
 
 
@@ -262,7 +266,8 @@ def _apart(
 
 
 class Chunked(torch.autograd.Function):
-    """The same loss for a torch that lacks it; gradients are made going forward, as there."""
+    """The same loss for 16 bits, added up in float32, and for a torch that lacks it; gradients are
+    made going forward, as there."""
 
     @staticmethod
     def forward(
@@ -276,11 +281,11 @@ class Chunked(torch.autograd.Function):
         """Sum the loss over chunks and keep the gradients of what asks for one."""
         total = precise(states.new_zeros(()))
         inputs = (states, weight, bias)
+        sums = torch.promote_types(states.dtype, torch.float32)  # of what every chunk adds to
+        kinds = (states.dtype, sums, sums)
         grads = [
-            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-            if x is not None and needed
-            else None
-            for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+            torch.zeros_like(x, dtype=kind) if x is not None and needed else None
+            for x, kind, needed in zip(inputs, kinds, ctx.needs_input_grad, strict=False)
         ]
         for start in range(0, len(states), chunk):
             part, target = states[start : start + chunk], wanted[start : start + chunk, None]
@@ -298,12 +303,16 @@ class Chunked(torch.autograd.Function):
                 grads[1] += slope.to(part.dtype).T @ part
             if grads[2] is not None:
                 grads[2] += slope.sum(0)
-        ctx.save_for_backward(*(g if g is None else g.to(states.dtype) for g in grads))
+        ctx.kinds = [None if x is None else x.dtype for x in inputs]
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """The kept gradients times the gradient of the sum."""
         (scale,) = upstream
-        grads = (g if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+        grads = (
+            None if g is None else (g * scale.to(g.dtype)).to(kind)
+            for g, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
+        )
         return (*grads, None, None)

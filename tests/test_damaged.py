@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -142,6 +144,18 @@ def test_a_lock_on_a_folder_that_was_moved_aside_holds_nothing(
         pass
     shutil.rmtree(unfinished)
     with pytest.raises(errors.EnvironmentRefusal, match="moved aside"), runs.locked(run):
+        pass
+
+
+def test_a_disk_without_locks_is_told_as_such(
+    unfinished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(file: Any, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    run = runs.Run(unfinished)
+    with pytest.raises(errors.EnvironmentRefusal, match="locks no files"), runs.locked(run):
         pass
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from faults.kills import LORA, MIXTURE, prepare
 from test_elastic import assert_the_same, line
+
+from itune import launching
 
 PYTHON = sys.executable
 ACCELERATE = [PYTHON, "-m", "accelerate.commands.launch"]
@@ -65,6 +68,39 @@ def left(run: Path) -> dict[str, Any]:
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "processes": json.loads((run / "run.json").read_text())["processes"],
     }
+
+
+def test_two_launches_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's launcher calls each launch none:127.0.0.1:29500."""
+    given = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    for name, value in (given | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("ITUNE_SUPERVISED", raising=False)
+    names = []
+    for _ in range(2):
+        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        monkeypatch.setenv("MASTER_PORT", str(store.port))
+        for rank in "01":
+            monkeypatch.setenv("RANK", rank)
+            launching._drawn.cache_clear()
+            names.append(launching.launch_id().replace(str(store.port), "29500"))
+    launching._drawn.cache_clear()
+    assert names[0] == names[1] != names[2] == names[3]
+
+
+@pytest.mark.parametrize(
+    ("said", "gone"),
+    [
+        ("ncclRemoteError: a remote process exited or there was a network error", True),
+        ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a000", False),
+        ("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:1", True),
+    ],
+)
+def test_a_fault_of_the_group_is_not_taken_for_a_process_that_is_gone(
+    said: str, gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert launching.lost_peer(torch.distributed.DistBackendError(said)) is gone
 
 
 @pytest.mark.slow

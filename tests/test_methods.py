@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import sentences, tiny_model, tiny_tokenizer
@@ -30,6 +31,7 @@ from itune import (
     vocabularies,
 )
 
+PLACE = models.Placement(torch.device("cpu"), torch.float32, "as tests are")
 FAMILIES = ("causal", "seq2seq", "masked")
 # What a method needs to be told at this size; the rest have defaults of their own.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -262,6 +264,32 @@ def test_soft_prompts_go_through_the_commands(
     assert json.loads(scores.out)["tasks"]["ask"]["rows"] == 4
     asked = cli("generate", "--run", "runs/soft", "the cat", "--json")
     assert asked.code == (2 if family == "masked" else 0), asked.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_trained_whole_beside_an_adapter_takes_steps_that_16_bits_would_round_away(
+    tmp_path: Path, cli: Any, tiny_model_dir: Path
+) -> None:
+    rows = [{"prompt": text, "completion": text[::-1]} for text in sentences(30)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"name": str(tiny_model_dir), "dtype": "bfloat16"},
+        "adapter": {"peft_type": "lora", "modules_to_save": ["lm_head"]},
+        "data": {"train": {"path": "rows.jsonl"}, "eval": {"path": "rows.jsonl", "limit": 2}},
+        "training": {"max_steps": 2, "tokens_per_step": 400, "learning_rate": 1e-7},
+        "generation": {"max_new_tokens": 3},
+    }
+    recipe["data"]["allow_overlap"] = True
+    Path("tune.yaml").write_text(json.dumps(recipe))
+    ended = cli("tune", "-r", "tune.yaml", "-o", "runs/half")
+    assert ended.code == 0, ended.err
+    assert "computing in bfloat16" in ended.err
+    saved = safetensors.torch.load_file("runs/half/model/adapter_model.safetensors")
+    (head,) = (value for name, value in saved.items() if "lm_head" in name)
+    base = models.load(recipes.Model(name=str(tiny_model_dir), dtype="float32"), PLACE)
+    moved = head - base.lm_head.weight.bfloat16()
+    assert 0 < float(moved.abs().max()) < 1e-6
+    assert cli("eval", "--run", "runs/half", "--json").code == 0
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])

@@ -18,10 +18,13 @@ SHORT = ("tune", "-r", "tune.yaml", "-s", "training.max_steps=4")
 
 
 class Gpu:
-    """A device of so many bytes, of which a token of a micro-batch takes a thousand."""
+    """A device of so many bytes, of which a token of a micro-batch takes a thousand.
+
+    Gradients that are made meanwhile are counted, as the device's allocator would.
+    """
 
     def __init__(self, size: int, patch: pytest.MonkeyPatch) -> None:
-        self.size, self.trials, self.tokens = size, 0, 0
+        self.size, self.trials, self.tokens, self.made = size, 0, 0, 0
         real, gpu = losses.summed, self
 
         class Peak:
@@ -33,12 +36,14 @@ class Gpu:
                 return self
 
             def __exit__(self, *_: object) -> None:
-                self.bytes = 1000 * gpu.tokens + TRAINED
+                self.bytes = 1000 * gpu.tokens + gpu.made
 
         def summed(model: Any, batch: Any, **given: Any) -> Any:
             self.tokens = batch.ids.numel()
             if model.training and 1000 * self.tokens > self.size:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+            trained = [p for p in model.parameters() if p.requires_grad]
+            self.made = sum(p.nbytes for p in trained if p.grad is None)
             return real(model, batch, **given)
 
         patch.setattr(memory, "left", lambda _: self.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import dataclasses
+import errno
 import fcntl
 import gc
 import gzip
@@ -571,6 +572,22 @@ def test_what_nobody_used_for_a_month_is_removed_when_something_is_made() -> Non
     assert not foreign.exists()
     assert all(each.is_dir() for each in (young, used, cache.root() / "test" / "new"))
     assert cache.entry("test", "old", lambda folder: 4)[1] == 4
+
+
+def test_a_disk_that_locks_for_reading_what_may_be_read_alone_keeps_a_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As NFS does: flock becomes a lock of bytes there, which asks how the file was opened."""
+    real = fcntl.flock
+
+    def asking(file: Any, how: int) -> None:
+        if how & fcntl.LOCK_SH and not file.readable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", asking)
+    assert cache.entry("test", "on-nfs", lambda folder: 1)[1] == 1
+    assert cache._mark(cache.root() / "test" / "on-nfs") in cache._marks
 
 
 def test_what_is_mapped_while_rows_are_read_is_marked_as_used(tmp_path: Path) -> None:

@@ -141,13 +141,19 @@ def attach(
             warnings.catch_warnings()
         ):  # GPT-2's layers have their weights transposed: peft sees it
             warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)
-            return peft.get_peft_model(model, wanted, revision=revision)
+            made = peft.get_peft_model(model, wanted, revision=revision)
     except (ValueError, AttributeError, RuntimeError, TypeError, IndexError) as error:
         text = f"adapter: does not go with {type(model).__name__}: {' '.join(str(error).split())}"
         if isinstance(error, TypeError) and "NoneType" in text:  # peft has no default for it
             empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
             text += f". Of its fields these are not set: {', '.join(empty) or 'none'}."
         raise errors.RecipeError(text) from error
+    for p in made.parameters():
+        if p.requires_grad and p.dtype.itemsize < 4:
+            # peft leaves what is trained whole, and norms, as the base has them: 16 bits would
+            # round small steps away.
+            p.data = p.data.float()
+    return made
 
 
 def _refuse_unmatched(model: Any, wanted: Any) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from itune import batches
 
@@ -56,6 +55,11 @@ def _packed(
         given = _as_computed(query, key, value)
         if given[0].dtype != torch.float32:
             return _varlen(*given, segments, scaling, seen), None
+    if query.is_cuda and options["enable_gqa"]:
+        # There the one kernel that takes shared heads in float32, or with a mask, makes all scores.
+        shared = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(shared, 1) for x in (key, value))
+        options["enable_gqa"] = False
     lengths = segments.lengths
     longest = max(lengths)
     real = sum(n * n for n in lengths)
@@ -212,12 +216,11 @@ def _one_by_one(
     return torch.cat(outs, 1)
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    return None
-
-
 def register() -> None:
-    """Make the implementation known to transformers. Safe to call again."""
+    """Make the implementation known to transformers. Safe to call again.
+
+    It has no mask of its own: for such a one the library makes none, and looks for no packed rows,
+    for which it would wait for the device.
+    """
     # Its shapes follow the rows of each batch: compiled layers call it as it is.
     AttentionInterface.register(NAME, torch.compiler.disable(_packed))
-    AttentionMaskInterface.register(NAME, _no_mask)

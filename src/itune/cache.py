@@ -20,7 +20,10 @@ from itune import storage
 DONE = "done.json"
 UNUSED = 30 * 24 * 3600  # chosen: seconds after which what nobody uses is removed
 HELD = 256  # chosen: marks that a process holds; the system allows it some thousand files
-UNMARKED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP)
+UNMARKED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOLCK, errno.ENOTSUP),
+    *(errno.ENOSYS, errno.EBADF),
+)
 _marks: dict[Path, IO[str]] = {}
 
 
@@ -76,7 +79,7 @@ def use(folder: Path) -> None:
             if not _marks:
                 atexit.register(_let_go)
             mark.parent.mkdir(parents=True, exist_ok=True)
-            file = mark.open("a")
+            file = mark.open("a+")  # NFS locks for reading what may be read alone
             fcntl.flock(file, fcntl.LOCK_SH)
             _marks[mark] = file
         os.utime(_marks[mark].fileno())

@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from itune import (
+    cache,
     data,
     encoding,
     errors,
@@ -190,9 +191,18 @@ def asked_tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str =
     kept = None if run is None else run.dir / "tokenizer"
     if kept is not None and kept.is_dir():
         return tokenizer(str(kept), kind=kind)
-    texts = data.texts(recipe.data.train, command)
-    made = vocabularies.train(scratch.tokenizer, texts, kind)
-    if kept is not None:
+    wanted = scratch.tokenizer
+
+    def trained() -> Any:
+        return vocabularies.train(wanted, data.texts(recipe.data.train, command), kind)
+
+    if kept is None:
+        return trained()
+    # One machine trains it, the others of the run take what it has made.
+    with cache.held(kept.with_name(".tokenizer.lock")):
+        if kept.is_dir():
+            return tokenizer(str(kept), kind=kind)
+        made = trained()
         beside = kept.with_name(".tokenizer")
         made.save_pretrained(beside)
         storage.publish(beside, kept)

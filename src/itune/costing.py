@@ -220,9 +220,9 @@ class _Made:
         # Where a step has one micro-batch, no earlier one has left its gradient.
         several = len(plan.step(0).ranks[0]) > 1
         collate = path.collate(self.tokenizer.pad_token_id)
-        cast = trying.autocast(recipe, replace(self.place, device=torch.device("cpu")))
+        cast = trying.autocast(replace(self.place, device=torch.device("cpu")))
         over = self._cut_over(recipe)
-        computed = model if over == 1 else portions.computed(recipe, model, self.place)
+        computed = model if over == 1 else portions.computed(model, self.place)
         part = None if over == 1 else portions.parts(model, over)
         simulated = functools.partial(
             simulating.held,

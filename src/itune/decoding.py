@@ -23,6 +23,7 @@ from itune import (
     errors,
     families,
     folding,
+    generators,
     picking,
     slots,
     stepping,
@@ -214,7 +215,7 @@ class _Job:
         device = self.model.device
         keys = self.order.keys or range(len(self.prompts))
         drawn = picking.draws(self.order.seed, keys[rows[0]])
-        with warnings.catch_warnings(), torch.random.fork_rng():
+        with warnings.catch_warnings(), generators.forked():
             warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(int(drawn.integers(1 << 62)))
             made = self.model.generate(

@@ -5,13 +5,13 @@ Needs torch.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from itune import (
     folding,
     generation,
     locating,
+    memory,
     models,
     origins,
     recipes,
@@ -37,6 +38,7 @@ from itune import (
 )
 
 Say = Callable[[str], None]
+ROOM = 1.2  # chosen: of a model's weights, for one that answers a few short prompts
 START = ".start"  # an adapter before its first step, where saving needs it
 # What a merged model is tried on. chosen: a question, a word alone, scripts, numbers and signs.
 SAMPLES = (
@@ -100,7 +102,7 @@ def finish(
     run.update(
         origin=origins.of(recipe, encoder.family),
         memory=_memory(),
-        **asdict(outcome),
+        **dataclasses.asdict(outcome),
     )
     kind = cards.ADAPTER if recipe.adapter else cards.WHOLE
     storage.write(staged / cards.NAME, cards.render(run, kind))
@@ -163,7 +165,7 @@ def merge(run: runs.Run, say: Say) -> None:
     ModelError where it does not, and leaves no merged folder of it.
     """
     named = recipes.Model(name=str(run.model_dir))
-    encoder, place = configs.encoder(named), models.placement(named)
+    encoder, place = configs.encoder(named), _roomy(named)
     model = models.adapted(str(run.dir), str(run.model_dir), named, place)
     staged, folder = run.dir / ".merged", run.dir / "merged"
     samples = [_sample(encoder, text, place) for text in SAMPLES]
@@ -184,6 +186,15 @@ def merge(run: runs.Run, say: Say) -> None:
         storage.DISK.remove(folder)
     storage.publish(staged, folder)
     say(f"merged: logits within {difference:.1e} of the adapter's; the model is in {folder}")
+
+
+def _roomy(named: recipes.Model) -> models.Placement:
+    """Where a model fits beside the trained one, which is in memory still: a GPU, or the CPU."""
+    place = models.placement(named)
+    room = memory.left(place.device)
+    if room is None or ROOM * models.size(named) * place.dtype.itemsize < room:
+        return place
+    return dataclasses.replace(place, device=torch.device("cpu"))
 
 
 def _sample(encoder: encoding.Encoder, text: str, place: models.Placement) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Needs torch.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
 
@@ -24,6 +25,14 @@ def state() -> Tensors:
     if torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
     return found
+
+
+def forked() -> contextlib.AbstractContextManager[None]:
+    """While this holds, what is drawn leaves the generators as they were: of the CPU and of this
+    process's GPU, not of all that the machine has."""
+    own = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    made: contextlib.AbstractContextManager[None] = torch.random.fork_rng(devices=own)
+    return made
 
 
 def put(found: Tensors) -> None:

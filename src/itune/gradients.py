@@ -25,6 +25,14 @@ def least(value: int, accelerator: Accelerator) -> int:
         return int(accelerator.gather(own).min())
 
 
+def begin_alike(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Give every process the first one's values of what is trained, whatever its disk holds."""
+    if accelerator.num_processes > 1:
+        with beats.PULSE.meeting():
+            for p in parameters:
+                torch.distributed.broadcast(p.data, 0)
+
+
 def add_up(parameters: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
     """Sum every parameter's gradient over all processes; a process without one counts as zero."""
     if accelerator.num_processes == 1:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from itune import batches, beats, errors, losses, models, plans, probing, recipes, runs, sharding
 
@@ -49,14 +49,13 @@ def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) 
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_longest_wait(recipe))
     made = Accelerator(
         cpu=place.device.type == "cpu",
-        mixed_precision="bf16" if mixed(recipe, place) else "no",
+        mixed_precision="bf16" if mixed(place) else "no",
+        # What the environment says of these would be done beside what the recipe says.
+        dynamo_backend="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=trackers or None,
         project_dir=str(recipe.output.dir) if trackers else None,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=_longest_wait(recipe)),
-            # Else the first forward waits for that of every rank, and one without rows has none.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_longest_wait(recipe))],
     )
     if trackers:
         try:
@@ -71,9 +70,13 @@ def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) 
     return made
 
 
-def mixed(recipe: recipes.Recipe, place: models.Placement) -> bool:
-    """Whether weights are kept in more bits than they are computed with."""
-    return place.dtype == torch.bfloat16 and recipe.adapter is None
+def mixed(place: models.Placement) -> bool:
+    """Whether trained weights are kept in more bits than they are computed with.
+
+    So it is beside an adapter too: without it what the adapter adds would be computed in float32,
+    and a base in few bits, whose norms are float32, would hand float32 to all that follows.
+    """
+    return place.dtype == torch.bfloat16
 
 
 def _longest_wait(recipe: recipes.Recipe) -> datetime.timedelta:
@@ -206,7 +209,7 @@ def measure(
     for k, rows in enumerate([*own, *pieces[:1] * idle]):
         batch = job.collate(corpus, rows).to(accelerator.device)
         with accelerator.autocast():
-            loss = losses.summed(accelerator.unwrap_model(model), batch, head=job.path.head)
+            loss = losses.summed(model, batch, head=job.path.head)
         if k < len(own):
             total += loss.double().cpu()
         beats.PULSE.beat()

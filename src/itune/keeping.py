@@ -82,7 +82,7 @@ class Keeper:
             torch.manual_seed(seed + rank)
             return
         held = pieces.Pieces(path, checkpoints.WEIGHTS)
-        if set(dict(trainable(self.model, self.accelerator))) != set(held):
+        if set(dict(trainable(self.model))) != set(held):
             raise errors.RunError(
                 f"{path}: holds other parameters. Run it as before, or start anew with --fresh."
             )
@@ -100,7 +100,7 @@ class Keeper:
 
     def _put(self, weights: pieces.Pieces) -> None:
         with torch.no_grad():
-            for name, parameter in trainable(self.model, self.accelerator):
+            for name, parameter in trainable(self.model):
                 parameter.copy_(sharding.part(weights, name, parameter, self._peers))
 
     def _moment(self, moments: pieces.Pieces, key: str) -> torch.Tensor:
@@ -129,11 +129,10 @@ class Keeper:
         """
         rng = gathered([generators.state()])
         main = self.accelerator.is_main_process
-        inner = self.accelerator.unwrap_model(self.model)
-        if cut := sharding.is_cut(inner):
-            sharding.let_go(inner)
+        if cut := sharding.is_cut(self.model):
+            sharding.let_go(self.model)
         if main or cut:
-            named = {n: p.detach() for n, p in trainable(self.model, self.accelerator)}
+            named = {n: p.detach() for n, p in trainable(self.model)}
             state = checkpoints.State(
                 step=self.at.step,
                 weights=sharding.owned(named, first=main),
@@ -160,10 +159,9 @@ class Keeper:
             self.accelerator.wait_for_everyone()
 
 
-def trainable(model: Any, accelerator: Accelerator) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """The trained parameters by the names that they have without any wrapping."""
-    inner = accelerator.unwrap_model(model)
-    return ((name, p) for name, p in inner.named_parameters() if p.requires_grad)
+def trainable(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The trained parameters by their names."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def peers(accelerator: Accelerator) -> pieces.Peers:

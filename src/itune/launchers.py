@@ -24,6 +24,11 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def on_cpu() -> bool:
+    """Whether whoever launches wants no GPU, as Accelerate reads it."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
 def asked() -> int | None:
     """Processes that `accelerate launch` was asked for where it started one and said nothing, as
     it does on a CPU; None where it started them, was asked for none, or is not there.

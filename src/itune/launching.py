@@ -26,6 +26,11 @@ TELLING = 10.0  # chosen: seconds in which a process that failed has told why an
 # What torch's launcher reads: a signal goes to every process, which may finish its step and write
 # a checkpoint before it is killed, in seconds. Its own 30 are too few for a large model.
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800"
+# What gloo and NCCL say where a process of the group is gone, and of no other fault.
+GONE = re.compile(
+    r"\[gloo|by peer|broken pipe|connection (closed|reset)|ncclRemoteError|remote process exit",
+    re.IGNORECASE,
+)
 SIGNALS = "PET_SIGNALS_TO_HANDLE", "TORCHELASTIC_SIGNALS_TO_HANDLE"  # torch 2.13, and before
 
 
@@ -56,7 +61,7 @@ def ensure(
     os.environ.setdefault(*SHUTDOWN)
     for name in SIGNALS:
         os.environ.setdefault(name, ",".join(each.name for each in signals.asking()))
-    on_gpus = torch.cuda.is_available()
+    on_gpus = torch.cuda.is_available() and not launchers.on_cpu()
     start = (_on_gpus if on_gpus else _on_cpu)(processes, arguments)
     watch = None if folder is None else beats.Hang(folder, launch_id(), processes, hang_timeout)
     sys.exit(_supervised(start, watch))
@@ -89,6 +94,9 @@ def _on_gpus(processes: int, arguments: Sequence[str]) -> Callable[[], None]:
         )
     line = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(processes)]
     line += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    line += ["--gpu_ids", "all"]  # else those of the user's default_config.yaml
+    # The launcher would give each process one thread: too few where a part computes on the CPU.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     parsed = launch.launch_command_parser().parse_args([*line, "-m", "itune"])
     parsed.training_script_args = list(arguments)  # --run would be read as the parser's --run_path
     return lambda: launch.launch_command(parsed)
@@ -182,9 +190,7 @@ def _tell(data: Any, message: Any) -> None:
 def lost_peer(error: BaseException) -> bool:
     """Whether an error says no more than that another process of the run is gone."""
     text = str(error)
-    return "LOCAL_RANK" in os.environ and (
-        type(error).__name__ == "DistBackendError" or re.search(r"by peer|\[gloo", text) is not None
-    )
+    return "LOCAL_RANK" in os.environ and GONE.search(text) is not None
 
 
 def tell(message: str) -> None:
@@ -257,8 +263,31 @@ def check(accelerator: Any) -> None:
 
 def launch_id() -> str:
     """A name that the processes of one launch share, and as far as can be no other launch has."""
+    if os.environ.get(SUPERVISED):
+        return os.environ[SUPERVISED]
     known = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    return os.environ.get(SUPERVISED) or ":".join(os.environ.get(name, "") for name in known)
+    given = ":".join(os.environ.get(name, "") for name in known)
+    return given if launchers.started() == 1 else f"{given}:{_drawn()}"
+
+
+@functools.cache
+def _drawn() -> str:
+    """A word that the first process draws and the launcher's own store passes on.
+
+    What a launcher calls a launch may be the same each time. "" where it keeps no store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return ""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, is_master=False)
+    key = f"itune/launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if is_main():
+        store.set(key, uuid.uuid4().hex)
+    while not store.check([key]):  # signals are heard meanwhile
+        time.sleep(0.05)
+    return str(store.get(key).decode())
 
 
 def is_main() -> bool:

@@ -163,8 +163,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def _base(model: Any) -> Any:
-    inner = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # --- the head that computes loss ----------------------------------------------------------
@@ -175,7 +174,7 @@ def _losing(layer: Any, batch: batches.Batch, each: Each | None) -> Iterator[Non
     """While this holds, the output layer returns the summed loss, float32 [1, 1, 1].
 
     The layer itself is still called by the model, and the model by whatever wraps it, so hooks
-    (DistributedDataParallel, FSDP) run as ever.
+    (FSDP) run as ever.
     """
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from itune import (
     errors,
     families,
     folding,
+    launchers,
     locating,
     recipes,
     weights,
@@ -65,12 +66,13 @@ def placement(wanted: recipes.Model) -> Placement:
     and most checkpoints come in bfloat16, so the checkpoint's own dtype decides nothing here. On
     a CPU that has them a small model stays in float32: its matrices are too small to gain.
     """
-    if torch.cuda.is_available():
+    on_cpu = launchers.on_cpu()
+    if torch.cuda.is_available() and not on_cpu:
         device = torch.device("cuda", torch.cuda.current_device())
         name, able = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(False)
         kind = "bfloat16" if able else "float32"
         reason = f"{name}, which {'has' if able else 'lacks'} bfloat16"
-    elif torch.backends.mps.is_available():
+    elif torch.backends.mps.is_available() and not on_cpu:
         device, kind, reason = torch.device("mps"), "float32", "Apple GPU"
     else:
         device = torch.device("cpu")

@@ -40,7 +40,7 @@ def kept(
         "whole": 0 if layerwise.why_whole(recipe) is None else _bytes(outline.parameters()),
         **_gathered(
             outline,
-            computed(recipe, outline, place),
+            computed(outline, place),
             keeps=not recipe.launch.reshard_after_forward,
         ),
     }
@@ -54,9 +54,9 @@ def offloads(recipe: recipes.Recipe, place: models.Placement) -> bool:
     )
 
 
-def computed(recipe: recipes.Recipe, outline: Any, place: models.Placement) -> Any:
+def computed(outline: Any, place: models.Placement) -> Any:
     """An outline in the numbers in which its weights are gathered."""
-    if not jobs.mixed(recipe, place):
+    if not jobs.mixed(place):
         return outline
     return copy.deepcopy(outline).to(torch.bfloat16)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from itune import attention, batches, data, encoding, losses
+from itune import attention, batches, data, encoding, generators, losses
 
 ROWS, MASK, PADDING, ALONE = "rows", "mask", "padding", "alone"
 LAYOUTS = {
@@ -346,7 +346,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng():
+        with generators.forked():
             yield
     finally:
         model.train(training)

@@ -80,7 +80,8 @@ def rehearse(
     Raises EnvironmentRefusal where disk or trackers refuse, Diverged where the loss is not finite,
     UserError where answers cannot be made or scored.
     """
-    begun = bool(storage.numbered(run.checkpoints))
+    # What another process's machine has been shown of a folder may lag behind.
+    begun = all(keeping.gathered([bool(storage.numbered(run.checkpoints))]))
     tried = []
     unknown = keeping.gathered([not begun or "checkpoint_seconds" not in run.manifest])[0]
     with _undisturbed(job.model):
@@ -102,7 +103,8 @@ def rehearse(
             tried.append("a held-out batch")
         mark = _mark(recipe)
         if accelerator.is_main_process and not (begun and run.manifest.get("rehearsed") == mark):
-            tried += _answer(recipe, answering, encoder, kernel)
+            with accelerator.autocast():  # as in training: what is trained may be float32 alone
+                tried += _answer(recipe, answering, encoder, kernel)
             run.update(rehearsed=mark)
     if tried:
         say(f"tried before the first step: {', '.join(tried)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -325,6 +326,12 @@ def locked(run: Run) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise errors.EnvironmentRefusal(
+                    f"{run.dir}: its disk locks no files ({error.strerror}), so two runs could "
+                    "write there at once. Choose another with --output, or have it mounted with "
+                    "locks (Lustre: -o flock)."
+                ) from error
             file.seek(0)
             raise errors.EnvironmentRefusal(
                 f"{run.dir}: in use by {file.read().strip() or 'another process'}. Wait for it, "

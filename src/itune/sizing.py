@@ -66,7 +66,7 @@ def _tried(job: jobs.Job, settings: recipes.Training, accelerator: Accelerator) 
         limit = plan.micro_batch_tokens
         first = batches.micro_batches(rows, plan.lengths, limit, padded=plan.padded)[0]
         try:
-            took = _took(job, first, accelerator) - trained
+            took = _took(job, first, accelerator)
             break
         except (RuntimeError, MemoryError) as error:
             if not memory.is_short(error):
@@ -101,10 +101,14 @@ def alone(
 
 
 def _took(job: jobs.Job, rows: np.ndarray, accelerator: Accelerator) -> int:
-    """Bytes beyond those in use that a micro-batch needs at most, its gradients among them."""
+    """Bytes beyond weights and gradients that a micro-batch needs at most."""
     drawn, training = memory.Drawn(), job.model.training
     job.model.train()
     try:
+        # There from the start, as for all but a step's first: the most memory is in use when some
+        # of them are not made yet.
+        for p in job.model.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         with memory.Peak(accelerator.device) as peak:
             batch = job.collate(job.corpus, rows).to(accelerator.device)
             with accelerator.autocast():

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from itune import picking, signals, slots
+from itune import memory, picking, signals, slots
 
 BATCH_ROWS = 64
+# chosen: a GPU waits for its next kernel at so few rows; the room of the cache sets the bound.
+TIMES_ON_GPU = 4
 # chosen: the cache may take so much, and on a GPU this share of what is free.
 CACHE_BYTES = 1 << 30
 CACHE_SHARE = 0.4
@@ -63,7 +65,7 @@ def room(model: Any) -> int:
     """How many tokens the cache may hold at once, over all rows."""
     limit = CACHE_BYTES
     if model.device.type == "cuda":
-        limit = int(torch.cuda.mem_get_info(model.device)[0] * CACHE_SHARE)
+        limit = int((memory.left(model.device) or 0) * CACHE_SHARE)
     return max(1, limit // slots.bytes_per_token(model))
 
 
@@ -107,7 +109,8 @@ class Stepper:
         known = (*self.active, *self.waiting)
         ahead = min(AHEAD, max((row.most - row.new for row in known), default=0))
         columns = longest + max(1, ahead)
-        return min(BATCH_ROWS, len(known), max(1, self.tokens // columns)), columns
+        most = BATCH_ROWS * (TIMES_ON_GPU if self.model.device.type == "cuda" else 1)
+        return min(most, len(known), max(1, self.tokens // columns)), columns
 
     def _resize(self, longest: int) -> None:
         """Take room for rows of so many tokens; those that find none go back to wait."""

@@ -18,6 +18,11 @@ from itune import adapters, configs, errors, families, folding, locating, models
 
 def refuse(recipe: recipes.Recipe) -> None:
     """Raise UserError for a model from scratch, its objective or an adapter that will not do."""
+    if recipe.model.dtype == "float16":
+        raise errors.RecipeError(
+            "model.dtype: float16 is not trained in: small gradients are zero there, and large "
+            "sums infinite. Write bfloat16 or float32, or leave it out. Answers may be given in it."
+        )
     kind = configs.family_of(recipe.model)
     families.refuse_idle(kind, recipe.training)
     base, replaced = None, False

@@ -85,12 +85,15 @@ class _Loop:
         made = optimizers.optimizer(job.model, settings)
         self.scheduler = optimizers.schedule(made, settings, len(job.plan))
         self.cut = sharding.is_cut(job.model)
-        model = job.model if self.cut else accelerator.prepare(job.model)
+        # Not wrapped for several processes: `gradients` adds up, and a wrapper would keep room for
+        # all gradients once more.
+        self.job, model = job, job.model
         self.optimizer = accelerator.prepare(made)
-        self.job = replace(job, model=model)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.cut:
+            gradients.begin_alike(self.parameters, accelerator)
         self.average = averaging.Average(
-            keeping.trainable(model, accelerator), settings.swa_start, len(job.plan)
+            keeping.trainable(model), settings.swa_start, len(job.plan)
         )
         self.keeper = keeping.Keeper(
             model, settings, run, accelerator, made, self.scheduler, self.average
@@ -310,7 +313,7 @@ class _Loop:
         """Add a micro-batch's gradient, `scale` times; returns its summed loss."""
         model = self.job.model
         # Processes meet when the step is whole; those of a cut model in each layer.
-        with beats.PULSE.meeting() if self.cut else self.accelerator.no_sync(model):
+        with beats.PULSE.meeting() if self.cut else contextlib.nullcontext():
             with self.clock.phase("forward"), self.accelerator.autocast():
                 loss = losses.summed(model, batch, head=self.job.path.head, each=each, balance=True)
             with self.clock.phase("backward"):
@@ -324,10 +327,10 @@ class _Loop:
         with beats.PULSE.meeting():
             total = self.accelerator.reduce(summed, "sum")
             norm = None if norm is None else sharding.whole(norm)
-        if norm is None:
-            norm = torch.full_like(total, math.nan)
-        # The one place in a step where the device is waited for.
-        total, norm = torch.stack([total, norm.to(total)]).tolist()
+            if norm is None:
+                norm = torch.full_like(total, math.nan)
+            # The one place in a step where the device is waited for, and on it for the others.
+            total, norm = torch.stack([total, norm.to(total)]).tolist()
         loss = total / max(1, step.targets)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()

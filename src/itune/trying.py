@@ -52,11 +52,9 @@ class Trial:
     trained: int
 
 
-def autocast(
-    recipe: recipes.Recipe, place: models.Placement
-) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def autocast(place: models.Placement) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """In what a run computes where that is not what its weights are kept in."""
-    if not jobs.mixed(recipe, place):
+    if not jobs.mixed(place):
         return contextlib.nullcontext
     return lambda: torch.autocast(place.device.type, torch.bfloat16)
 
@@ -97,7 +95,7 @@ class Bench:
         planned: Callable[[probing.Path], plans.Plan],
     ) -> None:
         self.place, self.corpus, self.training = place, corpus, recipe.training
-        self.cast = autocast(recipe, place)
+        self.cast = autocast(place)
         self.model = outlines.model(recipe, settings, place, place.device)
         models.take_threads(self.model, place)
         self.path = starting.path(self.model, encoder, corpus, recipe.training, self.cast)

@@ -146,8 +146,8 @@ def _tuned(
     if accelerator.is_main_process:
         result.set_attn_implementation(kernel)  # that of packed rows is no part of the result
         finishing.finish(recipe, run, result, encoder, outcome, screen.say)
+        # The others have left: what is merged here may take longer than a group waits for one.
         jobs.track_result(accelerator, outcome.steps, asdict(outcome), screen.say)
-    accelerator.wait_for_everyone()
 
 
 def _is_cut(recipe: recipes.Recipe, accelerator: Accelerator, screen: watching.Watcher) -> bool:

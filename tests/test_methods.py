@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from conftest import sentences, tiny_model, tiny_tokenizer
 
 from itune import (
@@ -266,6 +268,15 @@ def test_soft_prompts_go_through_the_commands(
     assert asked.code == (2 if family == "masked" else 0), asked.err
 
 
+@pytest.fixture
+def another_precision() -> Iterator[None]:
+    """Accelerate keeps the first one of a process, which a run has for itself."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("another_precision")
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_trained_whole_beside_an_adapter_takes_steps_that_16_bits_would_round_away(
     tmp_path: Path, cli: Any, tiny_model_dir: Path

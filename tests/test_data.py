@@ -339,3 +339,15 @@ def test_a_choice_that_no_row_has_as_its_answer_is_told(
     assert len(said) == bool(told)
     assert all(part in said[0] for part in told)
     assert ("LABEL" in "".join(said)) == ("choices[LABEL - 1]" in told)
+
+
+def test_held_out_rows_that_do_not_fit_are_told(tmp_path: Path, tiny_tokenizer_dir: Path) -> None:
+    rows = [{"prompt": "a cat?", "completion": "the red ball " * n} for n in (1, 1, 90)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipes.loads(
+        "model: {name: m}\ntraining: {max_length: 64}\n"
+        "data: {train: {path: rows.jsonl}, eval: {path: rows.jsonl}, allow_overlap: true}\n"
+    )
+    made = data.heldout(recipe, encoding.Encoder(configs.tokenizer(str(tiny_tokenizer_dir))))
+    (said,) = starting.left_out(made)
+    assert "rows.jsonl: the held-out loss is without 1 of 3 rows, 1 of them too long" in said

@@ -115,6 +115,26 @@ ALL = (
 PLACES = ("-s", "data.eval=[{path: places.jsonl, template: ./place.yaml, limit: 5}]")
 
 
+def test_sources_of_one_name_are_each_scored(folder: Path, cli: Cli) -> None:
+    """Four files of one template, of unequal sizes, and two of plain text with one name."""
+    given = []
+    for place, rows in (("", 3), ("en/", 2), ("de/", 4), ("fr/", 1)):
+        (folder / place).mkdir(exist_ok=True)
+        if place:
+            shutil.copy(folder / "moods.jsonl", folder / place)
+        given.append(f"{{path: {place}moods.jsonl, template: ./mood.yaml, limit: {rows}}}")
+    for place, rows in (("", 2), ("en/", 3)):
+        if place:
+            shutil.copy(folder / "text.jsonl", folder / place)
+        given.append(f"{{path: {place}text.jsonl, limit: {rows}}}")
+    asked = ("-s", f"data.eval=[{', '.join(given)}]")
+    tasks = result(cli("eval", "--run", "runs/lora", *asked, "--json"))["tasks"]
+    assert {name: found["rows"] for name, found in tasks.items()} == {
+        "mood": 3, "mood:moods": 2, "mood:de-moods": 4, "mood:fr-moods": 1,
+        "text": 2, "text:text": 3,
+    }  # fmt: skip
+
+
 # --- kept answers ---
 
 

@@ -30,3 +30,16 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
     with pytest.raises(errors.EnvironmentRefusal, match=r"nobody/model: .*cannot be reached"):
         locating.resolve("nobody/model")
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B", "a/b.v0.1", "gpt2.5"]
+)
+def test_a_name_of_the_hub_may_have_a_dot(name: str) -> None:
+    assert locating.local(name) is None
+
+
+@pytest.mark.parametrize("name", ["a/model.safetensors", "model.gguf", "b/config.json"])
+def test_a_file_is_no_name_of_the_hub(name: str) -> None:
+    with pytest.raises(errors.ModelError, match="no such folder"):
+        locating.local(name)

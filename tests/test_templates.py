@@ -292,6 +292,7 @@ FAULTS = {
     "task: classification\nresponse: x\n" + P: "x.yaml:1: choices: is missing.",
     "task: classification\nchoices: [a, a]\nresponse: x\n" + P: "x.yaml:2: choices: 'a' is given",
     "task: chat\n" + P: "x.yaml:2: prompts: a chat passes its messages on",
+    "task: chat\nsystem: Be kind.\n": "x.yaml:2: system: a chat passes its messages on",
     HEAD + P + "respons: x\n": "x.yaml:4: respons: unknown key. Did you mean 'response'?",
     HEAD + P + "name: x\n": "x.yaml:4: name: unknown key.",
     HEAD + P + "metrics: [rogue]\n": "x.yaml:4: metrics.0: unknown metric 'rogue'. Did you mean "

@@ -337,9 +337,9 @@ class Answerer:
 
         The columns: summed loss in nats, tokens, and of a decoder the bytes that they stand for.
         """
-        from itune import data, objectives
+        from itune import cases, data, objectives
 
-        out = {}
+        out: dict[str, tuple[str, np.ndarray]] = {}
         for source in self.recipe.data.eval:
             if not data.is_text(source):
                 continue
@@ -355,7 +355,9 @@ class Answerer:
             sums = np.column_stack([self.summed(corpus), corpus.targets])
             if objective is None:
                 sums = np.column_stack([sums, data.bytes_of(corpus)])
-            out[Path(source.path).stem] = (source.path, sums[sums[:, 1] > 0])
+            taken = {*out, *(task.name for task in self.tasks)}
+            name = cases.unused(Path(source.path).stem, source, taken)
+            out[name] = (source.path, sums[sums[:, 1] > 0])
         return out
 
     def summed(self, corpus: data.Corpus, of: Each | None = None) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,11 +164,20 @@ def tasks(
         if how.is_text:
             continue
         name = how.task.name if how.template else Path(source.path).stem
-        if any(task.name == name for task in out):
-            name = f"{name}:{Path(source.path).stem}"
+        name = unused(name, source, {task.name for task in out})
         cases, truncated = _cases(rows, how, encoder, max_prompt)
         out.append(Task(name, source.path, how.task, tuple(cases), truncated))
     return out
+
+
+def unused(name: str, source: recipes.Source, taken: Collection[str]) -> str:
+    """A name for what is measured of a source, that no other one has."""
+    path = Path(source.path)
+    which = [path.stem, f"{path.parent.name}-{path.stem}"]
+    which += [f"{path.stem}-{each}" for each in (source.name, source.split) if each]
+    several = (f"{path.stem}-{number}" for number in itertools.count(2))
+    made = (f"{name}:{each}" for each in itertools.chain(which, several))
+    return next(each for each in itertools.chain([name], made) if each not in taken)
 
 
 def _cases(

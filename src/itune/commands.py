@@ -110,7 +110,10 @@ def _following(run: runs.Run) -> str:
         return f"itune tune --recipe FILE --set model.name={folder}"
     ask = f"itune generate --run {folder} PROMPT"
     base = " --against base" if run.recipe.model.name else ""
-    return f"itune eval --run {folder}{base}, {ask}" if run.recipe.data.eval else ask
+    score = f"itune eval --run {folder}{base}"
+    if run.manifest["origin"]["family"] == "masked":  # it fills in masks and writes no text
+        return score
+    return f"{score}, {ask}" if run.recipe.data.eval else ask
 
 
 def _merge_late(recipe: recipes.Recipe, run: runs.Run, screen: console.Screen) -> None:

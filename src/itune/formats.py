@@ -102,6 +102,16 @@ def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
             f"turn {number}: expected '{role_name}' and '{content_name}', found {_shown(turn)}."
         )
     role, content = turn[role_name], turn[content_name]
+    if turn.get("tool_calls") and content is not None:
+        raise errors.DataError(
+            f"turn {number}: calls tools, and text alone is read. Write the call into "
+            f"'{content_name}' as text, or take the row out."
+        )
+    if turn.get("weight") == 0:
+        raise errors.DataError(
+            f"turn {number}: has weight 0, and every turn of the assistant is learnt, or the last "
+            "alone (training.train_on). Take the row out, or the key."
+        )
     if role not in ROLES:
         raise errors.DataError(
             f"turn {number}: unknown role {role!r}.{errors.nearest(str(role), ROLES)}"

@@ -8,6 +8,12 @@ from typing import Any
 
 from itune import errors, origins, recipes, records, weights
 
+# Ends of files that stand where a folder should. No other: Qwen3-0.6B has a dot as well.
+FILES = (
+    *(".bin", ".ckpt", ".gguf", ".h5", ".json", ".onnx", ".pt", ".pth", ".safetensors"),
+    *(".tar", ".gz", ".yaml", ".yml", ".zip"),
+)
+
 
 def resolve(name: str, revision: str | None = None) -> str:
     """The folder or hub id that a recipe's `model.name` means; a run's folder means its model.
@@ -46,7 +52,7 @@ def local(name: str) -> str | None:
         weights.check(str(path))
         return str(path)
     starts = (".", "/", "~", "runs/")
-    looks_like_path = name.startswith(starts) or name.count("/") > 1 or path.suffix
+    looks_like_path = name.startswith(starts) or name.count("/") > 1 or path.suffix.lower() in FILES
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = [other.name for other in beside if _holds_model(other)]

@@ -180,7 +180,12 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
         yield _asked(_fields(asked.fields), "--field", template, asked.system)
     for prompt in asked.prompts:
         text = _standard_input() if prompt == "-" else prompt
-        names = ["prompt"] if template is None else sorted(template.columns())
+        names = ["prompt"] if template is None else sorted(template.asked_columns())
+        if len(names) > 1:
+            raise errors.OptionError(
+                f"--template {asked.template}: asks for {', '.join(names)}. Give each of them with "
+                "--field NAME=TEXT, or rows with --input."
+            )
         yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
     if asked.input is not None:
         for number, row in files.objects(asked.input):

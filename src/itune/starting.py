@@ -211,6 +211,17 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
             yield f"training data: {number:,} {thing}{'s' * (number > 1)} {said}."
 
 
+def left_out(heldout: data.Corpus | None) -> Iterator[str]:
+    """Held-out rows that are not measured, a line for each source that has some."""
+    for report in () if heldout is None else heldout.reports:
+        if report.counts.dropped:
+            yield (
+                f"{report.path}: the held-out loss is without {report.counts.dropped:,} of "
+                f"{report.counts.read:,} rows, {report.counts.too_long:,} of them too long with "
+                "the answer. Raise training.max_length to have it over all"
+            )
+
+
 def _unanswered(reports: Sequence[tallies.Report]) -> Iterator[str]:
     """Which choices no training row has as its answer: what a model will hardly ever say.
 

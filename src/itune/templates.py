@@ -64,7 +64,7 @@ class Template(records.Record):
     values: dict[str, Text] = pydantic.Field(default_factory=dict)
     """Texts for the prompts, the same for all rows, by name; a column of that name is not read."""
     system: Text | None = None
-    """A message before every prompt, the same for all rows."""
+    """A message before every prompt, the same for all rows; not for `chat`."""
     prompts: tuple[Text, ...] = ()
     """One or more wordings, in Jinja over the row's columns and `choices`."""
     response: Text | None = None
@@ -118,6 +118,10 @@ class Template(records.Record):
         """The columns that prompts, response and references read."""
         sources = [*self.prompts, self.response or "", _printed(self.references)]
         return {name for source in sources for name in _names(source)} - self._own()
+
+    def asked_columns(self) -> set[str]:
+        """The columns that prompts read."""
+        return {name for source in self.prompts for name in _names(source)} - self._own()
 
     def prompt_columns(self) -> set[str]:
         """The columns that prompts read and the answer does not: what may be cut to fit."""
@@ -289,7 +293,7 @@ def _check_task(document: yamls.Document) -> None:
     """Which keys a task needs and which have no meaning for it."""
     task = document.data.get("task")
     if task == "chat":
-        for key in ("prompts", "response", "references", "choices", "values"):
+        for key in ("prompts", "response", "references", "choices", "values", "system"):
             if document.data.get(key):
                 document.fault((key,), "a chat passes its messages on as they are. Delete it.")
     elif isinstance(task, str):

@@ -58,7 +58,11 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
     suiting.refuse(recipe)
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
-    for line in (*starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus)):
+    lines = (
+        *starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus),
+        *starting.left_out(heldout),
+    )  # fmt: skip
+    for line in lines:
         screen.say(line)
     accelerator = jobs.accelerator(recipe, run, place)
     with jobs.tracked(accelerator, screen.say):

@@ -198,7 +198,8 @@ class Data(Record):
     train: Sources
     """The rows to train on; several sources are mixed by their weights."""
     eval: Sources = ()
-    """The held-out rows to measure on; each source is reported under its template's name, with its file's if shared."""
+    """The held-out rows to measure on; each source is reported under its template's name, and the
+    file's where several have one."""
     allow_overlap: Flag = False
     """Train although held-out rows are in the training data too; scores name how many."""
     max_dropped: Annotated[Number, Field(ge=0, le=1)] = 0.01

@@ -196,3 +196,20 @@ def test_what_training_and_its_held_out_losses_follow_from_is_the_same_to_the_en
     text = (begun / "ask.yaml").read_text()
     (begun / "ask.yaml").write_text("# mine\n" + text.replace("[exact_match]", "[squad]"))
     assert cli("tune", "-r", "run.yaml").code == 0
+
+
+def test_what_a_run_cannot_go_on_with_is_refused_whatever_is_allowed(
+    unfinished: Path, cli: Cli
+) -> None:
+    def changed(key: str, value: object, *more: str) -> str:
+        given = ("-s", f"{key}={value}", *more, "--allow-change", key)
+        ended = cli("tune", "-r", "tune.yaml", *given)
+        assert ended.code == 2, ended.err
+        return str(ended.err)
+
+    recipe = (unfinished / "recipe.yaml").read_bytes()
+    assert "lora_alpha: 8 there, 16 now), which cannot go on" in changed("adapter.r", 8)
+    assert "has 12 steps already, and the recipe asks for 5" in changed("training.max_steps", 5)
+    assert (unfinished / "recipe.yaml").read_bytes() == recipe
+    assert cli("tune", "-r", "tune.yaml").code == 0
+    assert "holds a finished run of another recipe" in changed("training.max_steps", 20)

@@ -155,3 +155,23 @@ def test_standard_input_that_is_no_text_is_told(
     ended = cli("generate", "--model", str(tiny_model_dir), "-")
     assert ended.code == 2, ended.err
     assert "standard input: not UTF-8, byte 0x9b at 2" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("temperature=0", "a number above 0, found 0. For the likeliest answer write do_sample"),
+        ("temperature=hot", "a number above 0, found 'hot'"),
+        ("top_k=1.5", "a whole number from 0, found 1.5"),
+        ("num_beams=two", "a whole number from 1, found 'two'"),
+        ("max_new_tokens=abc", "a whole number from 1, found 'abc'"),
+        ("do_sample=no", "true or false, found 'no'"),
+        ("top_p=2", "a number from 0 to 1, found 2"),
+    ],
+)
+def test_a_setting_of_another_kind_is_told(
+    given: str, said: str, tiny_model_dir: Path, cli: Cli
+) -> None:
+    ended = cli("generate", "--model", str(tiny_model_dir), "hello", "-s", f"generation.{given}")
+    assert ended.code == 2
+    assert f"generation.{given.partition('=')[0]}: expected {said}" in ended.err

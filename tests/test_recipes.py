@@ -229,6 +229,7 @@ FIELDS = {
     "training: {train_on: lst}": "x.yaml:4: training.train_on: expected one of assistant, last, "
     "found 'lst'. Did you mean 'last'?",
     "training: {lr: 0.1}": "x.yaml:4: training.lr: unknown key. Here it is learning_rate.",
+    "training: {bf16: true}": "x.yaml:4: training.bf16: unknown key. Here it is model.dtype.",
     "training: {epochs: 1}": "x.yaml:4: training.epochs: unknown key. Here it is num_train_epochs.",
     "training: {batch_size: 8}": "x.yaml:4: training.batch_size: unknown key. A step is measured "
     "in tokens: tokens_per_step.",

@@ -95,9 +95,11 @@ def train(
             screen.say(f"{command}: {recipe.name} in {run.dir}")
             with launching.heard(run.dir, hang):
                 _watched(recipe, run, screen)
+        if not launching.is_main():  # the first process may be at it still
+            return
         screen.say(f"next: {_following(run)}")
         emit(common, _summary(run))
-        if recipe.output.push and launching.is_main():
+        if recipe.output.push:
             from itune import pushing
 
             pushing.push(run, recipe, screen.say)

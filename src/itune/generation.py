@@ -20,6 +20,12 @@ SAMPLING = (
 FETCHED = ("penalty_alpha", "dola_layers", "constraints", "force_words_ids", "num_beam_groups")
 BESIDES = ("return_dict_in_generate",)
 MAX_NEW_TOKENS = 128
+# What transformers finds out when it draws, or never: `no` is a text in YAML 1.2, and true.
+WHOLE = {"max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top_k": 0}
+WHOLE |= {"max_length": 1, "min_length": 0, "no_repeat_ngram_size": 0}
+ABOVE_ZERO = ("temperature", "repetition_penalty", "encoder_repetition_penalty")
+SHARES = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+TRUTHS = ("do_sample", "use_cache", "remove_invalid_values", "renormalize_logits")
 
 
 def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
@@ -30,6 +36,7 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
     """
     known = transformers.GenerationConfig().to_dict()
     errors.refuse_unknown("generation", fields, known, "GenerationConfig")
+    _refuse_kinds(fields)
     given = {"max_new_tokens": MAX_NEW_TOKENS, **fields}
     if given.get("num_return_sequences", 1) != 1:
         raise errors.RecipeError(
@@ -49,6 +56,27 @@ def settings(fields: Mapping[str, Any], encoder: encoding.Encoder) -> Any:
     except (ValueError, TypeError) as error:
         raise errors.RecipeError(f"generation: {' '.join(str(error).split())}") from error
     return made
+
+
+def _refuse_kinds(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name in WHOLE:
+            wanted = f"a whole number from {WHOLE[name]}"
+            right = number and isinstance(value, int) and value >= WHOLE[name]
+        elif name in ABOVE_ZERO:
+            wanted, right = "a number above 0", number and value > 0
+        elif name in SHARES:
+            wanted, right = "a number from 0 to 1", number and 0 <= value <= 1
+        elif name in TRUTHS:
+            wanted, right = "true or false", isinstance(value, bool)
+        else:
+            continue
+        if value is not None and not right:
+            greedy = " For the likeliest answer write do_sample: false." * (value == 0)
+            raise errors.RecipeError(
+                f"generation.{name}: expected {wanted}, found {errors.shown(value)}.{greedy}"
+            )
 
 
 def _refuse_fields(given: Mapping[str, Any]) -> None:

@@ -87,7 +87,18 @@ ELSEWHERE = {
     "output_dir": " Here it is output.dir.",
     "lora": " Write adapter: {peft_type: lora, r: 16}.",
     "peft": " Write adapter: {peft_type: lora, r: 16}.",
-    "dataset": " Here it is data.",
+    **dict.fromkeys(("lora_rank", "lora_r", "lora_dim", "rank"), " Here it is adapter.r."),
+    **dict.fromkeys(("dataset", "datasets", "train_file"), " Here it is data.train.path."),
+    **dict.fromkeys(("base_model", "model_name_or_path", "model_id"), " Here it is model.name."),
+    **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), " Here it is model.dtype."),
+    **dict.fromkeys(("push_to_hub", "hub_model_id"), " Here it is output.push."),
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), " Here it is training.eval_steps."),
+    "save_strategy": " Here it is training.save_steps.",
+    "resume_from_checkpoint": " The same command again goes on from the last checkpoint.",
+    **dict.fromkeys(
+        ("assistant_only_loss", "completion_only_loss", "train_on_inputs"),
+        " Answers alone are learnt; training.train_on says which.",
+    ),
 }
 
 

@@ -23,6 +23,8 @@ import itune
 from itune import contrasts, errors, recipes, storage
 
 ROOT = Path("runs")
+# What decides which weights there are: a run never goes on with another one.
+FIXED = ("adapter", "quantization", "model.from_scratch", "model.family")
 LOCK = ".lock"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "tokenizers")
 
@@ -250,18 +252,32 @@ def _refuse_another(run: Run, recipe: recipes.Recipe, command: str, allowed: Seq
 def _refuse_changes(run: Run, recipe: recipes.Recipe, allowed: Sequence[str]) -> None:
     if recipes.digest(run.recipe) == recipes.digest(recipe):
         return
-    changes = [
-        change
-        for change in recipes.diff(run.recipe, recipe)
-        if change[0] not in allowed and recipes.decides(change[0])
-    ]
-    shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes[:5])
-    if shown:
+    given = [change for change in recipes.diff(run.recipe, recipe) if recipes.decides(change[0])]
+    changes = [change for change in given if change[0] not in allowed]
+    finished = run.manifest["state"] == "finished"
+    # Whatever is allowed: its weights would have no place in what is trained now.
+    if fixed := [each for each in given if finished or each[0].startswith(FIXED)]:
+        kind = "a finished run" if finished else "a run"
         raise errors.RunError(
-            f"{run.dir}: holds a run of another recipe ({shown}). Choose another folder with "
-            "--output, move that run aside with --fresh, or go on with "
+            f"{run.dir}: holds {kind} of another recipe ({_told(fixed)}), which cannot go on with "
+            "that. Choose another folder with --output, or move that run aside with --fresh."
+        )
+    done = max((int(path.name) for path in storage.numbered(run.checkpoints)), default=0)
+    if 0 < recipe.training.max_steps < done:
+        raise errors.RunError(
+            f"{run.dir}: has {done:,} steps already, and the recipe asks for "
+            f"{recipe.training.max_steps:,}. Ask for as many at least, or begin anew with --fresh."
+        )
+    if changes:
+        raise errors.RunError(
+            f"{run.dir}: holds a run of another recipe ({_told(changes)}). Choose another folder "
+            "with --output, move that run aside with --fresh, or go on with "
             f"{' '.join(f'--allow-change {key}' for key, *_ in changes[:5])}."
         )
+
+
+def _told(changes: Sequence[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{key}: {old!r} there, {new!r} now" for key, old, new in changes[:5])
 
 
 def _aside(folder: Path) -> Path:

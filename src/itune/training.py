@@ -119,6 +119,11 @@ class _Loop:
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, or begin."""
         self.keeper.resume(self.watcher)
+        if self.at.step > len(self.job.plan):
+            raise errors.RunError(
+                f"{self.run.dir}: has {self.at.step:,} steps already, and the recipe asks for "
+                f"{len(self.job.plan):,}. Ask for as many at least, or begin anew with --fresh."
+            )
         self._take_smaller(self.at.micro_batch_tokens)
         if self.pace is not None and self.at.save_every:
             self.save_every, self.pace = self.at.save_every, None

@@ -122,7 +122,7 @@ class Source(Record):
     )
     """What a row is where no template says it; found from the columns when left out."""
     weight: Annotated[Number, Field(gt=0)] = 1.0
-    """How often the source is seen in one epoch: 2 is twice, 0.5 is every other row."""
+    """How often the source is seen in one epoch: 2 is twice, 0.5 half of it, drawn anew each."""
     limit: Annotated[Whole, Field(ge=1)] | None = None
     """Take this many rows only, spread evenly over the source; of a stream the first."""
     num_proc: Annotated[Whole, Field(ge=1)] | None = None

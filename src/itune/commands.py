@@ -113,7 +113,9 @@ def _following(run: runs.Run) -> str:
     ask = f"itune generate --run {folder} PROMPT"
     base = " --against base" if run.recipe.model.name else ""
     score = f"itune eval --run {folder}{base}"
-    if run.manifest["origin"]["family"] == "masked":  # it fills in masks and writes no text
+    if (run.manifest.get("origin") or {}).get(
+        "family"
+    ) == "masked":  # it fills in masks and writes no text
         return score
     return f"{score}, {ask}" if run.recipe.data.eval else ask
 

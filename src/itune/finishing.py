@@ -5,13 +5,13 @@ Needs torch.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import math
 import resource
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def finish(
     run.update(
         origin=origins.of(recipe, encoder.family),
         memory=_memory(),
-        **dataclasses.asdict(outcome),
+        **asdict(outcome),
     )
     kind = cards.ADAPTER if recipe.adapter else cards.WHOLE
     storage.write(staged / cards.NAME, cards.render(run, kind))
@@ -194,7 +194,7 @@ def _roomy(named: recipes.Model) -> models.Placement:
     room = memory.left(place.device)
     if room is None or ROOM * models.size(named) * place.dtype.itemsize < room:
         return place
-    return dataclasses.replace(place, device=torch.device("cpu"))
+    return replace(place, device=torch.device("cpu"))
 
 
 def _sample(encoder: encoding.Encoder, text: str, place: models.Placement) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def _refuse_kinds(given: Mapping[str, Any]) -> None:
         else:
             continue
         if value is not None and not right:
-            greedy = " For the likeliest answer write do_sample: false." * (value == 0)
+            cold = name == "temperature" and value == 0
+            greedy = " For the likeliest answer write do_sample: false." * cold
             raise errors.RecipeError(
                 f"generation.{name}: expected {wanted}, found {errors.shown(value)}.{greedy}"
             )

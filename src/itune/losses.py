@@ -311,7 +311,7 @@ class Chunked(torch.autograd.Function):
         """The kept gradients times the gradient of the sum."""
         (scale,) = upstream
         grads = (
-            None if g is None else (g * scale.to(g.dtype)).to(kind)
+            None if g is None else (precise(g) * scale).to(kind)
             for g, kind in zip(ctx.saved_tensors, ctx.kinds, strict=True)
         )
         return (*grads, None, None)

@@ -51,6 +51,7 @@ ORDER = (
     "files",
     "tables",
     "fetching",
+    "verbatim",
     "sources",
     "fitting",
     "cases",

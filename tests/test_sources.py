@@ -689,6 +689,65 @@ def test_a_cell_stands_for_its_text() -> None:
     assert [row["completion"] for row in rows.data] == ["2", "4"]
 
 
+def test_true_and_false_of_a_table_are_texts() -> None:
+    path = text_file("a.csv", "text,label,flag,kind\nup,true,True,TRUE\ndown,false,False,other\n")
+    rows = sources_.read(recipes.Source(path=path, template="sentiment"))
+    assert rows.data[1] == {"text": "down", "label": "false", "flag": False, "kind": "other"}
+    assert rows.notes == (
+        "a.csv: true and false in 'label' are texts: a template asks {% if label == 'true' %}",
+    )
+
+
+# --- JSON ---------------------------------------------------------------------------------
+
+DATED = [
+    {"day": "2024-01-11", "at": {"from": "2024-01-11T10:00:00Z"}, "made": 1700000000, "n": None},
+    {"day": "2024-01-12", "at": {"from": "2024-01-12"}, "made": 1700000001, "n": "x"},
+]
+
+
+@pytest.mark.parametrize("shape", ["lines", "list", "field", "second"])
+def test_texts_of_json_that_look_like_dates_stay_texts(shape: str) -> None:
+    field = None
+    if shape == "lines":
+        path = text_file("a.jsonl", "".join(f"{json.dumps(row)}\n" for row in DATED))
+    elif shape == "second":  # texts first, and dates alone where datasets reads on after 10 MiB
+        other = json.dumps({"day": "some day", "at": {"from": "x" * 1000}, "made": 1, "n": "x"})
+        lines = [other] * 11_000 + [json.dumps(DATED[0])] * 11_000
+        path = text_file("a.jsonl", "".join(f"{line}\n" for line in lines))
+    else:
+        field = "rows" if shape == "field" else None
+        path = text_file("a.json", json.dumps({"rows": DATED} if field else DATED, indent=1))
+    rows = sources_.read(recipes.Source(path=path, field=field, template="sentiment"))
+    assert rows.data.to_list()[-2:] == ([DATED[0]] * 2 if shape == "second" else DATED)
+    part = recipes.Source(path=path, field=field, template="sentiment", split="train[1:2]")
+    assert sources_.read(part).data.to_list() == rows.data.to_list()[1:2]
+
+
+def test_a_stream_of_dates_is_refused() -> None:
+    path = text_file("a.jsonl", "".join(f"{json.dumps(row)}\n" for row in DATED))
+    with pytest.raises(errors.DataError, match="'day' holds texts that look like dates"):
+        sources_.read(recipes.Source(path=path, streaming=True, template="sentiment"))
+
+
+def test_dated_rows_with_a_late_column_are_refused() -> None:
+    rows = [DATED[0]] * 10_000 + [{**DATED[0], "late": 1}]
+    path = text_file("a.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    with pytest.raises(errors.DataError, match=r"a\.jsonl row 10001: column 'late' is in none"):
+        sources_.read(recipes.Source(path=path, template="sentiment"))
+
+
+def test_whole_numbers_among_fractions_are_told() -> None:
+    path = text_file("a.jsonl", '{"n": 3, "m": 1}\n{"n": 2.5, "m": 2}\n')
+    rows = sources_.read(recipes.Source(path=path, template="sentiment"))
+    (note,) = rows.notes
+    assert note.startswith("a.jsonl: whole numbers and others in 'n': 3 is read as 3.0")
+    assert rows.place(1) == "a.jsonl:2"
+
+
+# --- quotes -------------------------------------------------------------------------------
+
+
 def test_quotes_of_a_tsv_that_enclose_no_cells_are_text() -> None:
     path = text_file("a.tsv", 'text\tlabel\n"Hello he said\t1\nplain\t0\nand "more" here"\t1\n')
     rows = sources_.read(recipes.Source(path=path))

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ DEEPEST = 100
 POINTER = b"version https://git-lfs.github.com/spec/"
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
 SURROGATE = re.compile("[\ud800-\udfff]")
+# A text that `datasets` would take for a time: 2024-01-11, 2024-01-11 10:30, 2024-01-11T10:30:00Z.
+DATE = re.compile(r'"\d{4}-\d\d-\d\d(?:[T ][0-9:.,Z+-]*)?"')
 KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number"}
 
 
@@ -58,25 +61,40 @@ def refuse_foreign(name: str) -> None:
 # --- what is wrong with a file ------------------------------------------------------------
 
 
-def check(paths: Sequence[Path], names: Sequence[str], suffix: str, field: str | None) -> bool:
+@dataclass
+class Look:
+    """What reading through a file has shown.
+
+    `listed`: a JSON list although its name says lines. `document`: one value of JSON. `dated`: a
+    text of JSON looks like a date. `fractions`: columns of whole numbers and others.
+    """
+
+    listed: bool = False
+    document: bool = False
+    dated: bool = False
+    fractions: tuple[str, ...] = ()
+
+
+def check(
+    paths: Sequence[Path], names: Sequence[str], suffix: str, field: str | None
+) -> list[Look]:
     """Read through files of text, once for each content; raise DataError where one is broken.
 
     Readers say that a file is broken, not where; and some mistakes they take as they are: a key
-    given twice, NaN, half of a character. `names`: how messages call the files. Whether one of
-    them is a JSON list although its name says lines.
+    given twice, NaN, half of a character. `names`: how messages call the files.
     """
-    listed = False
+    found = []
     for path, name in zip(paths, names, strict=True):
 
-        def look(_folder: Path, path: Path = path, name: str = name) -> bool:
-            return _look(path, name, suffix, field)
+        def look(_folder: Path, path: Path = path, name: str = name) -> dict[str, Any]:
+            return vars(_look(path, name, suffix, field))
 
-        key = cache.fingerprint([cache.digest(path), suffix, field, "2"])
-        listed |= bool(cache.entry("checked", key, look)[1])
-    return listed
+        key = cache.fingerprint([cache.digest(path), suffix, field, "3"])
+        found.append(Look(**cache.entry("checked", key, look)[1]))
+    return found
 
 
-def _look(path: Path, name: str, suffix: str, field: str | None) -> bool:
+def _look(path: Path, name: str, suffix: str, field: str | None) -> Look:
     if path.stat().st_size == 0:
         raise errors.DataError(f"{name}: 0 rows, the file is empty. Check how it was written.")
     with path.open("rb") as file:
@@ -86,17 +104,17 @@ def _look(path: Path, name: str, suffix: str, field: str | None) -> bool:
             )
     if suffix in (".parquet", ".arrow"):
         _check_schema(path, name, suffix)
-        return False
+        return Look()
     if suffix == ".jsonl" and not _is_list(path):
-        _check_lines(path, name)
-        return False
+        return _check_lines(path, name)
     if suffix in (".json", ".jsonl"):
-        _check_document(path, name, field)
-        return suffix == ".jsonl"
+        look = _check_document(path, name, field)
+        look.listed = suffix == ".jsonl"
+        return look
     rows = sum(bool(line.strip()) for _, line in _lines(path, name))
     if not rows:
         raise errors.DataError(f"{name}: 0 rows, only blank lines. Check how it was written.")
-    return False
+    return Look()
 
 
 def _check_schema(path: Path, name: str, suffix: str) -> None:
@@ -125,18 +143,22 @@ def objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise errors.DataError(f"{path}: a folder, expected a file. Name a file of JSON lines.")
     if not path.is_file():
         raise errors.DataError(f"{path}: no such file, in {Path.cwd()}. Check the path.")
-    for number, line in _lines(path, str(path)):
+    return _objects(path, str(path))
+
+
+def _objects(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path, name):
         if not line.strip():
             continue
         if kind(path) in (".csv", ".tsv", ".txt") and not line.lstrip().startswith("{"):
             raise errors.DataError(
-                f"{path}:{number}: no JSON, and a file of JSON lines is read here. Write each row "
+                f"{name}:{number}: no JSON, and a file of JSON lines is read here. Write each row "
                 'as an object, such as {"prompt": "..."}, in a file that ends in .jsonl.'
             )
-        value = _parsed(line.rstrip("\r\n"), f"{path}:{number}")
+        value = _parsed(line.rstrip("\r\n"), f"{name}:{number}")
         if not isinstance(value, dict):
             raise errors.DataError(
-                f"{path}:{number}: expected an object {{...}}, found {shown_kind(value)}. "
+                f"{name}:{number}: expected an object {{...}}, found {shown_kind(value)}. "
                 "Mend the line."
             )
         yield number, value
@@ -233,17 +255,20 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _check_lines(path: Path, name: str) -> None:
+def _check_lines(path: Path, name: str) -> Look:
     columns = _Columns(name)
+    dated = False
     for number, line in _lines(path, name):
         if line.strip():
+            dated = dated or DATE.search(line) is not None
             columns.add(_parsed(line.rstrip("\r\n"), f"{name}:{number}"), f"{name}:{number}")
     if not columns.rows:
         raise errors.DataError(f"{name}: 0 rows, only blank lines. Check how it was written.")
     columns.check()
+    return Look(dated=dated, fractions=columns.fractions())
 
 
-def _check_document(path: Path, name: str, field: str | None) -> None:
+def _check_document(path: Path, name: str, field: str | None) -> Look:
     text = "".join(line for _, line in _lines(path, name))
     try:
         value = _parsed(text, name, "file")
@@ -252,6 +277,15 @@ def _check_document(path: Path, name: str, field: str | None) -> None:
         if not _is_object(first) or field is not None:
             raise
         return _check_lines(path, name)  # lines of JSON under the name of one value
+    columns = _Columns(name)
+    for number, row in enumerate(_under(value, name, field), 1):
+        columns.add(row, f"{name} row {number}")
+    columns.check()
+    return Look(document=True, dated=DATE.search(text) is not None, fractions=columns.fractions())
+
+
+def _under(value: Any, name: str, field: str | None) -> list[Any]:
+    """The rows of one value of JSON. Raises DataError."""
     if field is not None:
         if not isinstance(value, dict) or field not in value:
             known = value if isinstance(value, dict) else ()
@@ -266,10 +300,16 @@ def _check_document(path: Path, name: str, field: str | None) -> None:
     rows = value if isinstance(value, list) else [value]
     if not rows:
         raise errors.DataError(f"{name}: 0 rows, the list is empty. Check how it was written.")
-    columns = _Columns(name)
-    for number, row in enumerate(rows, 1):
-        columns.add(row, f"{name} row {number}")
-    return columns.check()
+    return rows
+
+
+def rows_of(path: Path, name: str, look: Look, field: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON file that `check` has looked through."""
+    if look.document:
+        text = "".join(line for _, line in _lines(path, name))
+        yield from _under(_parsed(text, name, "file"), name, field)
+    else:
+        yield from (row for _, row in _objects(path, name))
 
 
 def _is_object(text: str) -> bool:
@@ -285,6 +325,7 @@ class _Columns:
     def __init__(self, name: str) -> None:
         self.name, self.rows = name, 0
         self.seen: dict[str, dict[str, tuple[int, str, Any]]] = {}
+        self.numbers: dict[str, set[type]] = {}
 
     def add(self, row: Any, place: str) -> None:
         if not isinstance(row, dict):
@@ -298,10 +339,16 @@ class _Columns:
                 continue
             if isinstance(value, float) and not math.isfinite(value):
                 raise errors.DataError(f"{place}: column {column!r}: a number too large to hold.")
+            if type(value) in (int, float):
+                self.numbers.setdefault(column, set()).add(type(value))
             kinds = self.seen.setdefault(column, {})
             found = shown_kind(value)
             count, first, example = kinds.get(found, (0, place, value))
             kinds[found] = (count + 1, first, example)
+
+    def fractions(self) -> tuple[str, ...]:
+        """The columns that hold whole numbers and others."""
+        return tuple(column for column, kinds in self.numbers.items() if len(kinds) > 1)
 
     def check(self) -> None:
         for column, kinds in self.seen.items():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import cache, errors, fetching, files, recipes, tables, unpacking
+from itune import cache, errors, fetching, files, recipes, tables, unpacking, verbatim
 
 if TYPE_CHECKING:
     import datasets
@@ -149,6 +149,21 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
         ) from error
     name = _name(split, source.path)
     splits = dict(made) if isinstance(made, datasets.DatasetDict) else {name: made}
+    rows = _sliced(source, split, splits)
+    content = [
+        [str(each.relative_to(path)), cache.digest(each)]
+        for each in sorted(path.rglob("*"))
+        if each.suffix in (".arrow", ".json") and not each.name.startswith("cache-")
+    ]
+    data = rows.to_iterable_dataset() if source.streaming else rows
+    return Rows(source, data, ["saved", content, split])
+
+
+def _sliced(source: recipes.Source, split: str, splits: Mapping[Any, Any]) -> Any:
+    """The rows that a split such as test[:100]+test[-100:] names."""
+    import datasets
+
+    name = _name(split, source.path)
     if name not in splits:
         raise errors.DataError(
             f"{source.path}: no split {name!r}.{errors.nearest(name, map(str, splits))}"
@@ -162,14 +177,7 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
             f"{source.path}: split {split!r}: {errors.one_line(error)}"
         ) from error
     parts = [splits[each.splitname].select(range(each.from_, each.to)) for each in wanted]
-    rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    content = [
-        [str(each.relative_to(path)), cache.digest(each)]
-        for each in sorted(path.rglob("*"))
-        if each.suffix in (".arrow", ".json") and not each.name.startswith("cache-")
-    ]
-    data = rows.to_iterable_dataset() if source.streaming else rows
-    return Rows(source, data, ["saved", content, split])
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
 def _folder(source: recipes.Source, path: Path, split: str) -> Rows:
@@ -244,9 +252,8 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         return _stream(source, names, suffix, options, split)
     builder = files.BUILDERS[suffix]
     paths = [unpacking.unpacked(Path(each)) for each in names]
-    notes: tuple[str, ...] = ()
-    if files.check(paths, names, suffix, source.field):
-        notes = (f"{source.path}: a JSON list, read as one although its name says lines",)
+    looks = files.check(paths, names, suffix, source.field)
+    notes = tuple(_told(source, names, suffix, looks))
     digests = [cache.digest(each) for each in paths]
     content: list[Any] = [*digests]
     features: Any = None
@@ -258,26 +265,48 @@ def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
         content.append(sorted(table.columns.items()))
         features = tables.features(table)
         options |= tables.options(table)
-        notes = tuple(f"{source.path}: {each}" for each in tables.told(table, suffix))
-    if suffix == ".txt" and source.sample_by is None and len(names) > 1:
-        notes += (
-            f"{source.path}: {len(names)} files, each line of them a row; sample_by: document "
-            "makes one of each file",
-        )
+        notes += tuple(f"{source.path}: {each}" for each in tables.told(table, suffix))
+    as_texts = builder == "json" and any(look.dated or source.field for look in looks)
+    if as_texts:
+        content.append("texts")
     # Kept by what is in the files: `datasets` itself goes by their time of change alone.
     kept = cache.root() / "rows" / cache.fingerprint([builder, content, options])
     cache.use(kept)
-    rows = _built(source, builder, split, paths, cache_dir=str(kept), features=features, **options)
+    if as_texts:
+        rows = _verbatim(source, split, paths, names, looks, kept)
+    else:
+        rows = _built(
+            source, builder, split, paths, cache_dir=str(kept), features=features, **options
+        )
     for path, name, digest in zip(paths, names, digests, strict=True):
         if cache.digest(path) != digest:
             raise errors.DataError(
                 f"{name}: changed while it was read (sha256 {digest[:12]} before, "
                 f"{cache.digest(path)[:12]} now). Let whoever writes it finish, then run again."
             )
-    plain = (table is not None or (suffix == ".jsonl" and not notes)) and "[" not in split
+    lined = suffix == ".jsonl" and not any(look.listed for look in looks)
+    plain = (table is not None or lined) and "[" not in split
     identity = ["files", builder, content, options, split if "[" in split else None, False]
     lines = tuple(zip(names, paths, strict=True)) if plain else ()
     return Rows(source, rows, identity, notes=notes, lines=lines, table=table)
+
+
+def _told(
+    source: recipes.Source, names: Sequence[str], suffix: str, looks: Sequence[files.Look]
+) -> Iterator[str]:
+    """What the user should know of how files are read; of tables, `tables.told` says it."""
+    if any(look.listed for look in looks):
+        yield f"{source.path}: a JSON list, read as one although its name says lines"
+    if fractions := sorted({column for look in looks for column in look.fractions}):
+        yield (
+            f"{source.path}: whole numbers and others in {', '.join(map(repr, fractions))}: 3 is "
+            "read as 3.0; write them as texts where a prompt shows them"
+        )
+    if suffix == ".txt" and source.sample_by is None and len(names) > 1:
+        yield (
+            f"{source.path}: {len(names)} files, each line of them a row; sample_by: document "
+            "makes one of each file"
+        )
 
 
 def _stream(
@@ -298,6 +327,12 @@ def _stream(
         with unpacking.opened(Path(names[0])) as file:
             options["sep"] = tables.separator(file, suffix)
     rows = _built(source, builder, split, [Path(each) for each in names], streaming=True, **options)
+    timed = [name for name, kind in (rows.features or {}).items() if "timestamp" in str(kind)]
+    if builder == "json" and timed:
+        raise errors.DataError(
+            f"{source.path}: column {timed[0]!r} holds texts that look like dates, which a stream "
+            "of JSON changes. Leave out streaming, or save it as CSV."
+        )
     return Rows(source, rows, ["files", builder, content, options, None, True])
 
 
@@ -344,17 +379,40 @@ def _built(
     try:
         return datasets.load_dataset(builder, data_files=found, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-        cause = error.__cause__ or error
-        if "column names don't match" in str(cause):
-            raise errors.DataError(
-                f"{source.path}: its files do not have the same columns: "
-                f"{errors.one_line(cause).partition(' because ')[0]}. Make a source of each kind, "
-                "with rename where it is needed."
-            ) from error
-        raise errors.DataError(
-            f"{source.path}: cannot be read as {builder}: {errors.one_line(cause)} "
-            "Check the file and data.*.split."
-        ) from error
+        raise _unreadable(source, builder, error) from error
+
+
+def _verbatim(
+    source: recipes.Source,
+    split: str,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    looks: Sequence[files.Look],
+    folder: Path,
+) -> Any:
+    import datasets
+
+    try:
+        whole = verbatim.read(paths, names, looks, source.field, folder)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise _unreadable(source, "json", error) from error
+    return _sliced(source, split, {_name(split, source.path): whole})
+
+
+def _unreadable(source: recipes.Source, builder: str, error: Exception) -> errors.DataError:
+    cause = error.__cause__ or error
+    if isinstance(cause, errors.DataError):
+        return cause
+    if "column names don't match" in str(cause):
+        return errors.DataError(
+            f"{source.path}: its files do not have the same columns: "
+            f"{errors.one_line(cause).partition(' because ')[0]}. Make a source of each kind, "
+            "with rename where it is needed."
+        )
+    return errors.DataError(
+        f"{source.path}: cannot be read as {builder}: {errors.one_line(cause)} "
+        "Check the file and data.*.split."
+    )
 
 
 # --- the hub ------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """CSV and TSV: what separates the cells, which row is broken, and what a column holds.
 
-A cell stands for its text. A column is read as numbers only where each of its numbers is written
-as Python writes it: `007`, `1.50` and `1e3` stay what they are, and so do the words NA and null.
+A cell stands for its text. A column is read as numbers or truth values only where each of them is
+written as Python writes it: `007`, `1.50`, `1e3` and `true` stay what they are, and so do the words
+NA and null.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from typing import IO, Any
 from itune import cache, errors
 
 WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
-TRUTHS = frozenset({"true", "false", "True", "False", "TRUE", "FALSE"})
-TYPES = ("int64", "float64", "bool")
+TRUTHS = frozenset({"true", "false", "TRUE", "FALSE"})  # stay texts, but ask for a word
+TYPES = ("int64", "float64", "bool", "truths")
 LARGEST_LOOKED = 100 << 20  # chosen: going through so many bytes takes some seconds
 LONGEST = 1 << 30  # chosen: a cell may be as long as any row; Python's own limit is 128 KiB
 
 
 @dataclass
 class Table:
-    """How a file is read: `sep` between cells, whether it is `quoted`, and each column's type."""
+    """How a file is read: `sep` between cells, whether it is `quoted`, and each column's type.
+
+    `truths`: the columns of texts that hold true and false alone.
+    """
 
     sep: str
     quoted: bool = True
     columns: dict[str, str] = field(default_factory=dict)
+    truths: list[str] = field(default_factory=list)
 
     def line_of(self, paths: Sequence[Path], row: int) -> tuple[int, int] | None:
         """(which file, which line) a row of the table begins at, both counted from its first file.
@@ -67,7 +72,7 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
         def make(_folder: Path, path: Path = path, name: str = name) -> dict[str, Any]:
             return vars(_looked(path, name, suffix))
 
-        key = cache.fingerprint([cache.digest(path), suffix, "tables", "3"])
+        key = cache.fingerprint([cache.digest(path), suffix, "tables", "4"])
         found.append(Table(**cache.entry("checked", key, make)[1]))
     first = found[0]
     for table, name in zip(found, names, strict=True):
@@ -111,6 +116,10 @@ def told(table: Table, suffix: str) -> Iterator[str]:
         yield f"its columns are separated by {table.sep!r}"
     if not table.quoted:
         yield "its quotes are read as text, as they do not enclose cells"
+    for column in table.truths:
+        yield (
+            f"true and false in {column!r} are texts: a template asks {{% if {column} == 'true' %}}"
+        )
 
 
 # --- going through a file -----------------------------------------------------------------
@@ -120,7 +129,7 @@ def _looked(path: Path, name: str, suffix: str) -> Table:
     with path.open("rb") as file:
         sep = separator(file, suffix)
     if suffix == ".csv":
-        return Table(sep, quoted=True, columns=_columns(path, name, sep, quoted=True)[0])
+        return _made(sep, True, _columns(path, name, sep, quoted=True)[0])
     try:
         plain: tuple[dict[str, str], int] | None = _columns(path, name, sep, quoted=False)
     except errors.DataError:
@@ -129,15 +138,23 @@ def _looked(path: Path, name: str, suffix: str) -> Table:
         columns, rows = _columns(path, name, sep, quoted=True)
         # Rows that quotes join, though each is a whole one: quotes are text there.
         if plain is None or plain[1] == rows:
-            return Table(sep, quoted=True, columns=columns)
+            return _made(sep, True, columns)
     except errors.DataError:
         if plain is None:
             raise
-    return Table(sep, quoted=False, columns=plain[0])
+    return _made(sep, False, plain[0])
+
+
+def _made(sep: str, quoted: bool, kinds: dict[str, str]) -> Table:
+    types = {column: "string" if kind == "truths" else kind for column, kind in kinds.items()}
+    return Table(sep, quoted, types, [each for each, kind in kinds.items() if kind == "truths"])
 
 
 def _columns(path: Path, name: str, sep: str, *, quoted: bool) -> tuple[dict[str, str], int]:
-    """The type of each column, and how many rows there are. Raises DataError."""
+    """The type of each column, one of `TYPES` or string, and how many rows there are.
+
+    Raises DataError.
+    """
     rows = _rows(path, name, sep, quoted=quoted)
     _, header = next(rows)
     names = [each or f"Unnamed: {k}" for k, each in enumerate(header)]
@@ -171,7 +188,7 @@ def _columns(path: Path, name: str, sep: str, *, quoted: bool) -> tuple[dict[str
         )
     # The reader's whole numbers and truth values know no gaps.
     types = [
-        "string" if kind is None or (gap and kind != "float64") else kind
+        "string" if kind is None or (gap and kind in ("int64", "bool")) else kind
         for kind, gap in zip(kinds, missing, strict=True)
     ]
     return dict(zip(names, types, strict=True)), count
@@ -187,6 +204,8 @@ def _fits(cell: str, kind: str) -> bool:
     if kind == "int64":
         return WHOLE.fullmatch(cell) is not None
     if kind == "bool":
+        return cell in ("True", "False")
+    if kind == "truths":
         return cell in TRUTHS
     try:
         return repr(float(cell)) == cell and cell[-1].isdigit()

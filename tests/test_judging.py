@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from test_commands import world, write
 
-from itune import answering, commands, decoding, likelihoods, models, stepping
+from itune import (
+    answering,
+    commands,
+    decoding,
+    likelihoods,
+    models,
+    recipes,
+    results,
+    scoreboard,
+    stepping,
+)
 
 RECIPE = """
 model: {{name: {base}}}
@@ -323,6 +333,19 @@ def assert_bits_are_of_bytes(folder: Path, found: dict[str, Any]) -> None:
     assert found["against"]["difference"]["bits_per_byte"]["value"] != 0
 
 
+def test_texts_of_other_tokens_are_told_beside_and_not_tested_in_pairs() -> None:
+    ours = np.array([[10.0, 4, 20], [12.0, 5, 24]])
+    theirs = np.array([[9.0, 2, 20], [11.0, 3, 24]])
+    way = results.Way((), recipes.Evaluation(resamples=50))
+    rival = results.Rival("runs/other", {}, {"text": ("text.jsonl", theirs)})
+    found = results.perplexity("text", "text.jsonl", ours, rival, way)
+    assert "against" not in found
+    (note,) = found["notes"]
+    assert f"its bits_per_byte are {20 / 44 / np.log(2):.3f} [" in note
+    (table,) = scoreboard.tables({"tasks": {"text": found}}, 0.95)
+    assert "runs/other reads these texts as other tokens" in " ".join(table.notes)
+
+
 def test_the_base_of_a_wholly_tuned_model_is_loaded_after_it(
     folder: Path, cli: Cli, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -440,6 +463,29 @@ def test_answers_that_are_no_choice_are_wrong_and_counted(folder: Path, cli: Cli
     assert f"{odd} answers ({odd / 12:.1%}) are none of the choices" in cli(*run).out
     picked = cli("eval", "--run", "runs/lora", *NO_TEXT)
     assert "none of the choices" not in picked.out
+
+
+def test_answers_that_were_cut_are_counted_and_kept_as_such(folder: Path, cli: Cli) -> None:
+    run = ("eval", "--run", "runs/lora", "-s", "generation.max_new_tokens=1")
+    found = result(cli(*run, "--against", "base", "--json"))
+    folder = folder_of(folder, "max-new-tokens-1")
+    shares = []
+    for name, counted in (
+        ("predictions.jsonl", found["tasks"]["place"]),
+        ("against.jsonl", found["tasks"]["place"]["against"]),
+    ):
+        stops = [line["stop"] for line in read(folder / name) if line["task"] == "place"]
+        assert set(stops) <= {"stop", "length"}
+        shares.append(stops.count("length") / len(stops))
+        assert counted["cut"] == {"count": stops.count("length"), "share": shares[-1]}
+    assert any(shares), "one of the two writes on after its first token"
+    assert "cut" not in found["tasks"]["mood"], "its answers are picked among choices"
+    # From kept answers, and from a file of them, the same is told.
+    again = cli(*run, "--against", str(folder / "against.jsonl"))
+    lines = again.out.count("did not end and are cut at generation.max_new_tokens")
+    assert lines == sum(share > 0 for share in shares)
+    report = (folder.parents[1] / "report.html").read_text()
+    assert ("did not end and are cut" in report) == (shares[0] > 0)
 
 
 def test_rows_that_are_asked_twice_are_told_of(folder: Path, cli: Cli) -> None:

@@ -166,6 +166,13 @@ def test_a_folder_whose_names_tell_splits_apart_gives_the_split() -> None:
     written("in/test.jsonl", ROWS[4:])
     assert rows_of("in") == ROWS[:4]
     assert rows_of("in", split="test") == ROWS[4:]
+    assert sources_.read(recipes.Source(path="in")).notes == ()
+    for name in ("extra", "more/old"):
+        written(f"in/{name}.jsonl", ROWS)
+    rows = sources_.read(recipes.Source(path="in"))
+    assert len(rows.data) == 4
+    said = "in: extra.jsonl, more/old.jsonl not read, as other files there name their split"
+    assert rows.notes == (said,)
 
 
 def test_what_was_saved_to_disk_is_read_with_slices_of_its_splits() -> None:

@@ -235,7 +235,9 @@ class Answerer:
         self.tokens, self.seconds = self._rate()
         return {
             task.name: [
-                dataclasses.replace(blank, prediction=kept.answer(task, case) or "")
+                dataclasses.replace(
+                    blank, prediction=kept.answer(task, case) or "", stop=kept.stop(task, case)
+                )
                 for case, blank in zip(task.cases, self.blank(task), strict=True)
             ]
             for task in self.tasks
@@ -273,8 +275,8 @@ class Answerer:
         model, started = self.model, time.monotonic()
         told = self.counting(task.name, len(cases), "answers")
 
-        def keep(place: int, answer: str, nats: Sequence[float] = ()) -> None:
-            kept.add(task, cases[place], answer, nats)
+        def keep(place: int, answer: str, nats: Sequence[float] = (), stop: str = "") -> None:
+            kept.add(task, cases[place], answer, nats, stop)
             told()
 
         if not self.chosen(task):
@@ -294,7 +296,7 @@ class Answerer:
 
             def done(place: int, completion: decoding.Completion) -> None:
                 self.tokens += completion.tokens
-                keep(place, completion.text)
+                keep(place, completion.text, stop=completion.stop)
 
             decoding.generate(
                 model,

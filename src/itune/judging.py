@@ -356,7 +356,7 @@ def _keep(folder: Path, ours: Answerer, answered: Answered) -> None:
             for row in (rival.predictions.get(task.name, ()) if rival else ())
         }
         for case, row in zip(task.cases, made[task.name], strict=True):
-            line = predictions.line_of(task, case, row.prediction)
+            line = predictions.line_of(task, case, row.prediction, stop=row.stop)
             if rival is not None:
                 line["against"] = other[row.row, row.wording]
             lines.append(line)

@@ -41,6 +41,7 @@ def read(path: Path) -> dict[str, list[scoring.Prediction]]:
                 prediction=_text(line, "prediction", path, number),
                 references=_references(line, path, number),
                 prompt=prompt if isinstance(prompt, str) else None,
+                stop=str(line.get("stop") or ""),
             )
         )
     if not tasks:
@@ -106,10 +107,12 @@ Key = tuple[str, int, int, str]
 
 
 class Answer(NamedTuple):
-    """An answer, and the log-likelihoods of the choices that it is one of, where these are kept."""
+    """An answer; the log-likelihoods of the choices that it is one of, where these are kept; why
+    it ended (`stop` or `length`), where it was written."""
 
     text: str
     nats: tuple[float, ...] = ()
+    stop: str = ""
 
 
 class Kept:
@@ -153,7 +156,9 @@ class Kept:
         whole = [line for each in (path, *parts) for line in _whole_lines(each)]
         if marks.get(name) == mine:
             answers = {
-                _key(line): Answer(line["prediction"], tuple(line.get("nats", ())))
+                _key(line): Answer(
+                    line["prediction"], tuple(line.get("nats", ())), line.get("stop", "")
+                )
                 for line in whole
                 if _is_ours(line) and (not self.rated or "nats" in line)
             }
@@ -172,10 +177,18 @@ class Kept:
         return answers, changed, aside
 
     def add(
-        self, task: data.Task, case: data.Case, answer: str, nats: Sequence[float] = ()
+        self,
+        task: data.Task,
+        case: data.Case,
+        answer: str,
+        nats: Sequence[float] = (),
+        stop: str = "",
     ) -> None:
-        """Keep an answer, on disk at once. nats: of each choice, where it is one of them."""
-        made = Answer(answer, tuple(nats) if self.rated else ())
+        """Keep an answer, on disk at once. nats: of each choice, where it is one of them.
+
+        stop: why it ended, where it was written.
+        """
+        made = Answer(answer, tuple(nats) if self.rated else (), stop)
         line = line_of(task, case, *made)
         self.answers[_key(line)] = self.fresh[_key(line)] = made
         if self.path is not None:
@@ -212,6 +225,11 @@ class Kept:
         known = self._known(task, case)
         return None if known is None else known.text
 
+    def stop(self, task: data.Task, case: data.Case) -> str:
+        """Why the answer to a case ended, where that is known."""
+        known = self._known(task, case)
+        return "" if known is None else known.stop
+
     def nats(self, task: data.Task, case: data.Case) -> tuple[float, ...]:
         """The log-likelihood of each choice in a case that is answered, as `decide` has it."""
         known = self._known(task, case)
@@ -242,7 +260,7 @@ def _parts(path: Path) -> list[Path]:
 
 
 def line_of(
-    task: data.Task, case: data.Case, answer: str, nats: Sequence[float] = ()
+    task: data.Task, case: data.Case, answer: str, nats: Sequence[float] = (), stop: str = ""
 ) -> dict[str, Any]:
     """An answer as predictions.jsonl has it."""
     line = {
@@ -254,6 +272,8 @@ def line_of(
         "references": list(case.references),
         "asked": digest(case, task.template.choices),
     }
+    if stop:
+        line["stop"] = stop
     return {**line, "nats": list(nats)} if nats else line
 
 

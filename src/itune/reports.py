@@ -179,7 +179,7 @@ def _task(name: str, task: Mapping[str, Any], answered: Answered | None) -> dict
     confusion = details.get("confusion")
     return {
         "name": name,
-        **{key: task.get(key) for key in ("data", "rows", "unparseable", "contamination")},
+        **{key: task.get(key) for key in ("data", "rows", "unparseable", "cut", "contamination")},
         "repeated": scoreboard.repeated(task),
         "rival": None if against is None else against["name"],
         "scores": list(_scores(task, against)),

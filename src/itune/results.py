@@ -54,9 +54,8 @@ def scored(
         "data": path,
         "rows": len({row.row for row in rows}),
         "scores": _scores(rows, way),
+        **_faults(rows, way),
     }
-    if way.choices and not way.decided:
-        made["unparseable"] = _unparseable(rows, way.choices)
     wordings: list[dict[str, float]] = []
     if len(way.prompts) > 1:
         wordings = scoring.by_wording(rows, way.metrics, choices=way.choices)
@@ -93,13 +92,18 @@ def _scores(rows: Sequence[scoring.Prediction], way: Way) -> dict[str, Any]:
     }
 
 
-def _unparseable(
-    rows: Sequence[scoring.Prediction], choices: Sequence[str]
-) -> dict[str, float | int]:
-    """How many answers are none of the choices; they count as wrong."""
-    known = {choice.strip() for choice in choices}
-    count = sum(row.prediction.strip() not in known for row in rows)
-    return {"count": count, "share": count / len(rows)}
+def _faults(rows: Sequence[scoring.Prediction], way: Way) -> dict[str, dict[str, float | int]]:
+    """How many answers are none of the choices (`unparseable`), and were `cut` before their end.
+
+    Both count as what they are: most often as wrong.
+    """
+    found = {}
+    if way.choices and not way.decided:
+        known = {choice.strip() for choice in way.choices}
+        found["unparseable"] = sum(row.prediction.strip() not in known for row in rows)
+    if any(row.stop for row in rows):
+        found["cut"] = sum(row.stop == "length" for row in rows)
+    return {key: {"count": count, "share": count / len(rows)} for key, count in found.items()}
 
 
 def _spread(wordings: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -136,9 +140,8 @@ def _against(
         "scores": _scores(theirs, way),
         "difference": {key: asdict(each) for key, each in differences.items()},
         "changed": _changed(rows, theirs, way),
+        **_faults(theirs, way),
     }
-    if way.choices and not way.decided:
-        made["unparseable"] = _unparseable(theirs, way.choices)
     return made
 
 
@@ -194,7 +197,8 @@ def perplexity(name: str, path: str, sums: Array, rival: Rival | None, way: Way)
     if rival is not None and name in rival.losses:
         theirs = rival.losses[name][1]
         if len(theirs) != len(sums) or (theirs[:, 1] != sums[:, 1]).any():
-            return made  # other tokens: a perplexity a token says nothing there
+            made["notes"] = [_apart(rival.name, theirs, columns, way)]
+            return made
         differences: dict[str, Any] = {}
         for metric, these in columns:
             differences |= resampling.compare(
@@ -206,6 +210,16 @@ def perplexity(name: str, path: str, sums: Array, rival: Rival | None, way: Way)
             "difference": {key: asdict(each) for key, each in differences.items()},
         }
     return made
+
+
+def _apart(name: str, theirs: Array, columns: Any, way: Way) -> str:
+    """What is said of a rival whose tokens are others: its numbers, without a paired test."""
+    said = f"{name} reads these texts as other tokens, so there is no test in pairs"
+    found = _foretold(theirs, columns, way).get("bits_per_byte")
+    if found is None:
+        return f"{said}, and its perplexity is of another measure"
+    value, low, high = (f"{found[key]:.3f}" for key in ("value", "low", "high"))
+    return f"{said}; its bits_per_byte are {value} [{low}, {high}]"
 
 
 def _foretold(sums: Array, columns: Any, way: Way) -> dict[str, Any]:

@@ -12,6 +12,10 @@ from rich.cells import cell_len, set_cell_size
 from itune import contrasts, scoring
 
 SHOWN = 3  # chosen: rows that changed most, each way; report.html has more
+ODD = {
+    "unparseable": "are none of the choices; they count as wrong",
+    "cut": "did not end and are cut at generation.max_new_tokens",
+}
 WIDTH = 27  # columns of an answer: two of them, a row and its gain make 80
 
 
@@ -104,13 +108,12 @@ def repeated(task: Mapping[str, Any]) -> list[str]:
 
 
 def _odd(task: Mapping[str, Any], whose: str) -> list[str]:
-    """A line about answers that are none of the choices, where there are any."""
-    odd = task.get("unparseable")
-    if not odd or not odd["count"]:
-        return []
+    """Lines about answers that are none of the choices, and that were cut, where there are any."""
     return [
-        f"{whose}{odd['count']:,} answers ({odd['share']:.1%}) are none of the choices; "
-        "they count as wrong"
+        line
+        for key, said in ODD.items()
+        if (odd := task.get(key)) and odd["count"]
+        for line in _wrapped([f"{whose}{odd['count']:,} answers ({odd['share']:.1%}) {said}"])
     ]
 
 

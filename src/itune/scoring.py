@@ -41,6 +41,8 @@ class Prediction:
     """What would have been right; at least one."""
     prompt: str | None = None
     """What was asked, where that is known; two systems that are compared were asked the same."""
+    stop: str = ""
+    """Why it ended, where that is known: `stop`, or `length` for one that was cut."""
 
 
 @dataclasses.dataclass(frozen=True)

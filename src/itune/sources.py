@@ -198,23 +198,34 @@ def _folder(source: recipes.Source, path: Path, split: str) -> Rows:
             f"{source.path}: a folder without files of rows. Known kinds: "
             f"{', '.join(files.BUILDERS)}, each also packed as {', '.join(unpacking.PACKED)}."
         )
-    return _files(source, _of_split(source, found, _name(split, source.path), path), split)
+    chosen, left = _of_split(source, found, _name(split, source.path), path)
+    rows = _files(source, chosen, split)
+    if not left:
+        return rows
+    names = ", ".join(Path(each).relative_to(path).as_posix() for each in left[:3])
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    said = f"{source.path}: {names}{more} not read, as other files there name their split"
+    return replace(rows, notes=(*rows.notes, said))
 
 
-def _of_split(source: recipes.Source, found: list[str], name: str, folder: Path) -> list[str]:
+def _of_split(
+    source: recipes.Source, found: list[str], name: str, folder: Path
+) -> tuple[list[str], list[str]]:
+    """The files of a split, and those that are of none."""
+
     def says(file: str, split: str) -> bool:
         inner = Path(file).relative_to(folder).as_posix().lower()
         return re.search(rf"(?<![a-z]){split}(?![a-z])", inner) is not None
 
     if chosen := [each for each in found if says(each, name.lower())]:
-        return chosen
+        return chosen, [each for each in found if not any(says(each, s) for s in (name, *SPLITS))]
     told = [split for split in SPLITS if any(says(each, split) for each in found)]
     if told:
         raise errors.DataError(
             f"{source.path}: no split {name!r}: its files are those of {', '.join(told)}. Set "
             "split to one of them."
         )
-    return found
+    return found, []
 
 
 def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:

@@ -251,7 +251,9 @@ def generate(
     model: ModelOption = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", "-i", metavar="FILE", help="JSONL: prompt, messages, or fields."),
+        typer.Option(
+            "--input", "-i", metavar="FILE", help="Rows: prompt, messages, or a template's columns."
+        ),
     ] = None,
     output: OutputOption = None,
     template: Annotated[
@@ -277,6 +279,10 @@ def generate(
         bool,
         typer.Option("--explain", help="Show how likely each token was, and what drove it."),
     ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", min=0, help="What drawn answers follow from."),
+    ] = None,
     engine: EngineOption = None,
     sets: SetOption = None,
     processes: ProcessesOption = None,
@@ -300,6 +306,7 @@ def generate(
             chat=chat,
             explain=explain,
             engine=engine,
+            seed=seed,
         ),
         sys.argv[1:],
     )

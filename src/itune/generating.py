@@ -6,9 +6,10 @@ Everything heavy is imported when it is needed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from itune import (
     commands,
@@ -24,14 +25,15 @@ from itune import (
 )
 
 if TYPE_CHECKING:
-    from itune import decoding, explaining, speaking
+    from itune import explaining, speaking
 
 
 def generate(
     common: commands.Common, asked: prompting.Asked, arguments: Sequence[str] = ()
 ) -> None:
     """`itune generate`: one answer a prompt, in their order; or a talk."""
-    fields = _generation(common.sets)
+    fields, decide = _settings(common.sets)
+    asked = dataclasses.replace(asked, decide=decide)
     prompting.check(asked, common.output)
     if asked.chat and max(common.processes or 1, launchers.started()) > 1:
         raise errors.OptionError(
@@ -101,7 +103,10 @@ def _answer(
     commands.still()
     screen = common.screen()
     speaker = sharing.first_before_others(lambda: speaking.loaded(asked, fields, screen.say))
-    prompts = speaker.read(waiting)
+    prompts = speaker.read(waiting, screen.say)
+    if speaker.choices:
+        _pick(common, speaker, waiting, marks, prompts)
+        return
     alone = len(waiting) == 1
     streams = alone and common.output is None and not common.json and sys.stdout.isatty()
     heard = speaking.Heard(speaker.encoder, screen.part) if streams else None
@@ -111,38 +116,57 @@ def _answer(
             prompts, finished, told=heard.told if heard else None, done=done, say=screen.say
         )
         asking = zip(waiting, marks, prompts, answers, strict=True)
-        for each, mark, ids, completion in asking:
+        for each, mark, read, completion in asking:
             if sharing.rank() > 0:
                 continue
             if heard is not None:
                 heard.end()
                 screen.part("\n")
-            found = speaker.explained(ids, completion, drivers=alone) if asked.explain else None
+            found = None
+            if asked.explain:
+                found = speaker.explained(read.ids, completion, drivers=alone)
             if prompting.paged(asked, common.output):
                 told.append((each.prompt, found))
             else:
-                answer = _told(each.prompt, completion, found, mark)
-                _tell(common, screen, answer, found, heard=heard, alone=alone)
+                answer = {
+                    "response": completion.text,
+                    "stop": completion.stop,
+                    "tokens": completion.tokens,
+                }
+                if found is not None:
+                    answer["explained"] = found.plain()
+                _tell(common, screen, _line(each, answer, mark), found, heard=heard, alone=alone)
     if common.output is not None and told:
         storage.write(common.output, shades.page(told, speaker.name))
 
 
-def _told(
-    prompt: str,
-    completion: decoding.Completion,
-    found: explaining.Explanation | None,
-    mark: str,
-) -> dict[str, Any]:
-    """An answer as JSON has it; a mark says to a later start by what it was made."""
-    answer = {
-        "prompt": prompt,
-        "response": completion.text,
-        "stop": completion.stop,
-        "tokens": completion.tokens,
-    }
-    if found is not None:
-        answer["explained"] = found.plain()
-    return {**answer, "asked": mark} if mark else answer
+def _pick(
+    common: commands.Common,
+    speaker: speaking.Speaker,
+    waiting: Sequence[prompting.Conversation],
+    marks: Sequence[str],
+    prompts: Sequence[speaking.Read],
+) -> None:
+    """Answer each prompt with one of the template's choices, and say how likely each was."""
+    screen = common.screen()
+    with screen.counting(len(waiting) if common.output is not None else 0) as done:
+        picks = speaker.picks(prompts, done=done, say=screen.say)
+        for each, mark, found in zip(waiting, marks, picks, strict=True):
+            if sharing.rank() == 0:
+                answer = {"response": found.text, "chances": found.chances}
+                line = _line(each, answer, mark)
+                _tell(common, screen, line, None, heard=None, alone=len(waiting) == 1)
+
+
+def _line(asked: prompting.Conversation, answer: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """An answer as JSON has it, with the row that asked for it.
+
+    A mark says to a later start by what it was made.
+    """
+    line = {"prompt": asked.prompt, **answer}
+    if asked.row.keys() - {"prompt"}:
+        line["input"] = dict(asked.row)
+    return {**line, "asked": mark} if mark else line
 
 
 def _tell(
@@ -170,16 +194,28 @@ def _tell(
             shades.show(screen, found)
 
 
-def _generation(sets: Sequence[str]) -> dict[str, Any]:
-    from itune import yamls
+def _settings(sets: Sequence[str]) -> tuple[dict[str, Any], str | None]:
+    """Fields of generation, and how a choice is decided upon where that is given (--set)."""
+    from itune import recipes, yamls
 
-    fields = {}
+    fields: dict[str, Any] = {}
+    decide = None
     for item in sets:
         key, sign, value = item.partition("=")
         section, _, name = key.partition(".")
-        if not sign or section != "generation" or not name:
+        given = yamls.parse_value(value, f"--set {item}", errors.OptionError) if sign else None
+        if sign and key == "evaluation.decide":
+            known = get_args(recipes.Evaluation.model_fields["decide"].annotation)
+            if given not in known:
+                raise errors.OptionError(
+                    f"--set {item}: unknown way to decide.{errors.nearest(str(given), known)}"
+                )
+            decide = given
+        elif sign and section == "generation" and name:
+            fields[name] = given
+        else:
             raise errors.OptionError(
-                f"--set {item}: itune generate takes generation.FIELD=VALUE alone."
+                f"--set {item}: itune generate takes generation.FIELD=VALUE, and "
+                "evaluation.decide=HOW where a template has choices."
             )
-        fields[name] = yamls.parse_value(value, f"--set {item}", errors.OptionError)
-    return fields
+    return fields, decide

@@ -93,6 +93,7 @@ def refuse_masked(encoder: encoding.Encoder, name: str) -> None:
     """Raise OptionError for a model that can only fill in what is masked."""
     if encoder.family == families.MASKED:
         raise errors.OptionError(
-            f"{name}: a masked language model, which fills in masks and writes no text. Ask it for "
-            "one of a template's choices with itune eval, or name a causal or seq2seq model."
+            f"{name}: a masked language model, which fills in masks and writes no text. It "
+            "picks one of a template's choices (itune generate --template NAME); to have texts "
+            "written, name a causal or seq2seq model."
         )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ALONE = "predictions"  # the task of lines that name none
 MARKS = "asked.json"
+GOLD = ("reference", "references")
 
 
 # --- any file -------------------------------------------------------------------------------
@@ -28,10 +29,12 @@ def read(path: Path) -> dict[str, list[scoring.Prediction]]:
     """The predictions of a JSONL file by task; those of a single task are called `predictions`.
 
     Each line has `prediction` and `reference` or `references`; `task`, `row`, `wording` and
-    `prompt` are optional. Raises DataError with the line.
+    `prompt` are optional. What `itune generate` wrote is read too: its `response`, and the
+    references of the row that asked. Raises DataError with the line.
     """
     tasks: dict[str, list[scoring.Prediction]] = {}
-    for number, line in files.objects(path):
+    for number, given in files.objects(path):
+        line = _generated(given)
         name = str(line.get("task", ALONE))
         prompt = line.get("prompt")
         tasks.setdefault(name, []).append(
@@ -47,6 +50,15 @@ def read(path: Path) -> dict[str, list[scoring.Prediction]]:
     if not tasks:
         raise errors.DataError(f"{path}: 0 rows, the file is empty. Check how it was written.")
     return {ALONE: next(iter(tasks.values()))} if len(tasks) == 1 else tasks
+
+
+def _generated(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of `itune generate` as one of predictions; any other line as it is."""
+    if "prediction" in line or not isinstance(line.get("response"), str):
+        return line
+    asked = line.get("input")
+    gold = {k: asked[k] for k in GOLD if k in asked} if isinstance(asked, Mapping) else {}
+    return {**gold, **line, "prediction": line["response"]}
 
 
 def _whole(line: Mapping[str, Any], key: str, default: int, path: Path, number: int) -> int:

@@ -11,18 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from itune import errors, files, templates
+from itune import errors, files, runs, templates
 
 if TYPE_CHECKING:
     from itune import formats
 
 
 class Conversation(NamedTuple):
-    """What is asked once: the prompt as shown, the messages, and where they stand."""
+    """What is asked once: the prompt as shown, the messages, and where they stand.
+
+    row: the columns that it was made of; how: by which template, where there is one.
+    """
 
     prompt: str
     messages: list[formats.Message]
     where: str
+    row: Mapping[str, Any] = {}
+    how: formats.Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,10 @@ class Asked:
     chat: bool = False
     explain: bool = False
     engine: str | None = None
+    seed: int | None = None
+    """What draws follow from; the run's when left out."""
+    decide: str | None = None
+    """How one of a template's choices is picked (`evaluation.decide`); the run's when left out."""
 
 
 def check(asked: Asked, output: Path | None) -> None:
@@ -97,8 +106,8 @@ def conversations(asked: Asked) -> list[Conversation]:
     found = list(_conversations(asked))
     if not found:
         raise errors.OptionError(
-            "no prompt. Give one or more on the command line, - for standard input, or --input "
-            "FILE with a JSON object a line."
+            "no prompt. Give one or more on the command line, - for standard input, or rows of a "
+            "file with --input FILE."
         )
     return found
 
@@ -174,10 +183,14 @@ def located(where: str, kind: type[errors.UserError] = errors.DataError) -> Iter
 
 def _conversations(asked: Asked) -> Iterator[Conversation]:
     template = templates.load(asked.template) if asked.template else None
+    if template is not None and template.task == "chat":  # its rows stand for themselves
+        template = None
+    names_of = _renames(asked)
     if asked.fields:
         if template is None:
             raise errors.OptionError("--field: for which template? Name it with --template NAME.")
-        yield _asked(_fields(asked.fields), "--field", template, asked.system)
+        row = _renamed(_fields(asked.fields), names_of)
+        yield _asked(row, "--field", template, asked.system)
     for prompt in asked.prompts:
         text = _standard_input() if prompt == "-" else prompt
         names = ["prompt"] if template is None else sorted(template.asked_columns())
@@ -188,8 +201,37 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
             )
         yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
     if asked.input is not None:
-        for number, row in files.objects(asked.input):
-            yield _asked(row, f"{asked.input}:{number}", template, asked.system)
+        for where, row in _rows(asked.input, asked.template):
+            yield _asked(_renamed(row, names_of), where, template, asked.system)
+
+
+def _renames(asked: Asked) -> dict[str, str]:
+    """How the run that answers calls columns that its template knows by other names."""
+    if asked.template is None or asked.model is not None:
+        return {}
+    recipe = (runs.find(asked.run) if asked.run is not None else runs.newest()).recipe
+    every = [*recipe.data.train, *recipe.data.eval]
+    return next((dict(each.rename) for each in every if each.template == asked.template), {})
+
+
+def _renamed(row: Mapping[str, Any], names: Mapping[str, str]) -> Mapping[str, Any]:
+    fresh = {new: row[old] for old, new in names.items() if old in row and new not in row}
+    return {**{k: v for k, v in row.items() if names.get(k) not in fresh}, **fresh}
+
+
+def _rows(path: Path, template: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, its columns) of each row of a file of any kind."""
+    if not path.is_file() or files.kind(path) in (None, ".jsonl"):
+        for number, given in files.objects(path):
+            yield f"{path}:{number}", given
+        return
+    from itune import formats, recipes, sources
+
+    rows = sources.read(recipes.Source(path=str(path), template=template))
+    lines = files.kind(path) == ".txt" and template is None  # each of them is a prompt
+    for index, row in enumerate(rows.each()):
+        if not (lines and formats.is_blank(row)):
+            yield rows.place(index), {"prompt": row["text"]} if lines else row
 
 
 def _standard_input() -> str:
@@ -212,9 +254,16 @@ def _asked(
         with located(where):
             turns = list(formats.conversation(row, answered=False).messages)
         own = turns[0].role == "system"  # a row's own goes before that of the command line
-        return _readable(turns[-1].content, turns if own else [*first, *turns], where)
+        messages = turns if own else [*first, *turns]
+        return _readable(Conversation(turns[-1].content, messages, where, row))
+    how = None
     with located(where):
-        prompt = template.prompt(row, 0) if template is not None else row.get("prompt")
+        if template is None:
+            prompt = row.get("prompt")
+        else:
+            how = formats.Reading(template.asking(system))
+            first = list(how.example(row).prompt)
+            prompt = first.pop().content
     if not isinstance(prompt, str) or not prompt.strip():
         cure = (
             "It is empty."
@@ -222,14 +271,13 @@ def _asked(
             else "A row needs `prompt`, `messages`, or --template with its fields."
         )
         raise errors.DataError(f"{where}: no prompt. {cure}")
-    if template and template.system and not first:
-        first = [formats.Message("system", template.system)]
-    return _readable(prompt, [*first, formats.Message("user", prompt)], where)
+    messages = [*first, formats.Message("user", prompt)]
+    return _readable(Conversation(prompt, messages, where, row, how))
 
 
-def _readable(prompt: str, messages: list[formats.Message], where: str) -> Conversation:
-    refuse_half_characters(messages, where)
-    return Conversation(prompt, messages, where)
+def _readable(asked: Conversation) -> Conversation:
+    refuse_half_characters(asked.messages, asked.where)
+    return asked
 
 
 def refuse_half_characters(messages: Sequence[formats.Message], where: str) -> None:

@@ -9,7 +9,9 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from itune import (
     configs,
@@ -18,28 +20,59 @@ from itune import (
     engines,
     errors,
     explaining,
+    families,
     fingerprints,
+    fitting,
+    formats,
     generation,
+    likelihoods,
     locating,
     models,
     prompting,
     recipes,
     runs,
     sharing,
+    templates,
 )
 
 CHUNK = 256  # chosen: so many answers of `generate` are the most that a kill loses
+SEED = 17  # of a model that is no run's
+WRITTEN = "generate"  # as evaluation.decide calls answers that are written
+
+T = TypeVar("T")
+
+
+class Read(NamedTuple):
+    """What is asked, as the model reads it: the messages, cut where they had to be, and their ids.
+
+    The prompt of an answer that is picked has the places of that answer, where the model is masked.
+    """
+
+    messages: Sequence[formats.Message]
+    ids: Sequence[int]
+
+
+class Picked(NamedTuple):
+    """The choice that is picked, and the probability of each among them; these sum to 1."""
+
+    text: str
+    chances: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Speaker:
-    """A model with what it is asked by. wanted: a GenerationConfig; name: where it is from."""
+    """A model with what it is asked by. wanted: a GenerationConfig; name: where it is from.
+
+    choices: one of them is picked, by `decide`, and no answer written, where there are any.
+    """
 
     name: str
     model: Any
     encoder: encoding.Encoder
     wanted: Any
     seed: int
+    choices: tuple[str, ...] = ()
+    decide: str = "likelihood"
 
     def answer(
         self, ids: Sequence[int], key: int, told: Callable[[int, int], None] | None = None
@@ -53,8 +86,6 @@ class Speaker:
 
         A signal in the middle of an import would leave a library behind that is half there.
         """
-        from itune import formats
-
         few = copy.deepcopy(self.wanted)
         few.max_new_tokens, few.min_new_tokens, few.min_length = 1, None, 0
         with contextlib.suppress(errors.UserError):  # a real question says it with its place
@@ -67,19 +98,38 @@ class Speaker:
         """How likely an answer's tokens were; `drivers`: and which of the prompt's drove it."""
         return explaining.explained(self.model, self.encoder, ids, completion.ids, drivers=drivers)
 
-    def read(self, waiting: Sequence[prompting.Conversation]) -> list[list[int]]:
-        """The ids of all prompts. Raises DataError, with its place, for one that leaves no room."""
-        found = []
+    def read(self, waiting: Sequence[prompting.Conversation], say: decoding.Say) -> list[Read]:
+        """All prompts as the model reads them.
+
+        One that a template made is cut where it is too long, as in training. Raises DataError, with
+        its place, for one that leaves no room to answer.
+        """
+        if self.encoder.family == families.MASKED:  # the place of the answer is in the prompt
+            longest = models.positions(self.model)
+        else:
+            room = decoding.context(self.model)
+            longest = room - min(int(self.wanted.max_new_tokens), room // 2)
+        found, cut = [], 0
         for asked in waiting:
             with prompting.located(asked.where):
-                ids = self.encoder.prompt(asked.messages)
-                decoding.room_left(self.model, ids)
-            found.append(ids)
+                read = Read(asked.messages, self.encoder.prompt(asked.messages))
+                if len(read.ids) > longest and asked.how is not None:
+                    whole = asked.how.example(asked.row)
+                    shorter = fitting.prompt(whole, asked.how, asked.row, 0, self.encoder, longest)
+                    read, cut = Read(*shorter) if shorter else read, cut + bool(shorter)
+                if not self.choices or len(read.ids) > longest:
+                    decoding.room_left(self.model, read.ids)
+            found.append(read)
+        if cut:
+            say(
+                f"{cut:,} of {len(found):,} prompts are cut to the {longest:,} tokens that fit "
+                "beside an answer"
+            )
         return found
 
     def answers(
         self,
-        prompts: Sequence[Sequence[int]],
+        asked: Sequence[Read],
         first: int,
         *,
         told: Callable[[int, int], None] | None,
@@ -91,37 +141,79 @@ class Speaker:
         A chunk at a time, so that what is answered is written before the rest is begun. Of several
         processes each answers a share of the chunk, and each gives the whole.
         """
-        served = isinstance(self.model, engines.Served)
-        size = engines.CHUNK if served else CHUNK * sharing.world()
-        for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
-            share = sharing.mine([len(ids) + int(self.wanted.max_new_tokens) for ids in chunk])
-            made = decoding.generate(
+
+        def written(start: int, places: Sequence[int]) -> list[decoding.Completion]:
+            return decoding.generate(
                 self.model,
                 self.encoder,
-                [chunk[place] for place in share],
+                [asked[place].ids for place in places],
                 self.wanted,
                 lambda place, completion: done(),
-                order=decoding.Order(
-                    self.seed, [first + start + place for place in share], told=told
-                ),
+                order=decoding.Order(self.seed, [first + place for place in places], told=told),
                 say=say if start == 0 else None,
             )
+
+        more = int(self.wanted.max_new_tokens)
+        yield from self._in_order([len(read.ids) + more for read in asked], written)
+
+    def picks(
+        self, asked: Sequence[Read], *, done: Callable[[], None], say: decoding.Say
+    ) -> Iterator[Picked]:
+        """The choice that is picked for each prompt, in order, as `itune eval` picks it."""
+
+        def picked(start: int, places: Sequence[int]) -> list[Picked]:
+            found: dict[int, Picked] = {}
+
+            def keep(place: int, best: int, nats: np.ndarray) -> None:
+                each = np.exp(nats - np.logaddexp.reduce(nats)).tolist()
+                chances = dict(zip(self.choices, each, strict=True))
+                found[place] = Picked(self.choices[best], chances)
+                done()
+
+            likelihoods.choose(
+                self.model,
+                self.encoder,
+                [asked[place].messages for place in places],
+                self.choices,
+                decide=self.decide,
+                done=keep,
+                say=say if start == 0 else None,
+            )
+            return [found[place] for place in range(len(places))]
+
+        yield from self._in_order([len(read.ids) for read in asked], picked)
+
+    def _in_order(
+        self, costs: Sequence[float], make: Callable[[int, Sequence[int]], Sequence[T]]
+    ) -> Iterator[T]:
+        """What `make(start, places)` makes of every place, in order, a chunk after the other."""
+        served = isinstance(self.model, engines.Served)
+        size = engines.CHUNK if served else CHUNK * sharing.world()
+        for start in range(0, len(costs), size):
+            share = [start + place for place in sharing.mine(costs[start : start + size])]
+            made = make(start, share)
             found = dict(
                 each
                 for part in sharing.gathered(list(zip(share, made, strict=True)))
                 for each in part
             )
-            yield from (found[place] for place in range(len(chunk)))
+            yield from (found[place] for place in range(start, min(start + size, len(costs))))
 
 
 def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) -> Speaker:
     """The model of a run, or another. `given`: generation's fields of the command line."""
-    location, seed, fields = _settled(asked, given, say)
+    settled = _settled(asked, given, say)
+    location, choices = settled.location, settled.choices
     named = recipes.Model(name=location)
-    encoder = configs.encoder(named)
-    generation.refuse_masked(encoder, location)
-    wanted = generation.settings(fields, encoder)
+    encoder = configs.encoder(named).answering(choices)
+    if not choices:
+        generation.refuse_masked(encoder, location)
+    wanted = generation.settings(settled.fields, encoder)
+    if asked.seed is not None and not wanted.do_sample:
+        raise errors.OptionError(
+            "--seed: the likeliest token is taken each time, whatever the seed is. Have answers "
+            "drawn: --set generation.do_sample=true, or leave it out."
+        )
     place = models.placement(named)
     if engine := engines.asked(asked.engine):
         model: Any = engines.serve(
@@ -134,7 +226,7 @@ def loaded(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) 
     else:
         model = models.load(named, place)
         models.take_threads(model, place)
-    return Speaker(location, model, encoder, wanted, seed)
+    return Speaker(location, model, encoder, wanted, settled.seed, choices, settled.decide)
 
 
 @dataclass
@@ -180,26 +272,59 @@ def marks(
     conversations: Sequence[prompting.Conversation],
 ) -> list[str]:
     """A word for each thing that is asked: the same word, the same answer. Loads no weights."""
-    location, seed, fields = _settled(asked, given, lambda _: None)
+    settled = _settled(asked, given, lambda _: None)
+    location, seed = settled.location, settled.seed
     named = recipes.Model(name=location)
-    wanted = generation.settings(fields, configs.encoder(named))
+    wanted = generation.settings(settled.fields, configs.encoder(named))
     dtype = str(models.placement(named).dtype)
-    mark = fingerprints.of_asking(location, None, dtype, wanted, seed)
+    mark = fingerprints.of_asking(location, None, dtype, wanted, seed) | {"engine": asked.engine}
+    if settled.choices:
+        mark |= {"choices": settled.choices, "decide": settled.decide}
     return [
-        fingerprints.digest(
-            {**mark, "engine": asked.engine, "asked": [[m.role, m.content] for m in each.messages]}
-        )[:16]
+        fingerprints.digest({**mark, "asked": [[m.role, m.content] for m in each.messages]})[:16]
         for each in conversations
     ]
 
 
-def _settled(
-    asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say
-) -> tuple[str, int, dict[str, Any]]:
-    """Where the model is that answers, its seed, and the fields of generation."""
+class _Settled(NamedTuple):
+    """Where the model is that answers, and by what: its seed, generation's fields, choices."""
+
+    location: str
+    seed: int
+    fields: dict[str, Any]
+    choices: tuple[str, ...]
+    decide: str
+
+
+def _settled(asked: prompting.Asked, given: Mapping[str, Any], say: decoding.Say) -> _Settled:
     if asked.model is not None:
-        return asked.model, 17, dict(given)
-    run = runs.find(asked.run) if asked.run is not None else runs.newest()
-    say(f"run: {run.dir}")
-    recipe = run.recipe
-    return str(run.dir), recipe.training.seed, {**recipe.generation, **given}
+        location, seed, fields, decide = asked.model, SEED, dict(given), "likelihood"
+    else:
+        run = runs.find(asked.run) if asked.run is not None else runs.newest()
+        say(f"run: {run.dir}")
+        recipe = run.recipe
+        location, seed, decide = str(run.dir), recipe.training.seed, recipe.evaluation.decide
+        fields = {**recipe.generation, **given}
+    decide = asked.decide or decide
+    choices: tuple[str, ...] = ()
+    if asked.template is not None and decide != WRITTEN:
+        choices = tuple(templates.load(asked.template).choices)
+    if choices:
+        _refuse_unpicked(asked)
+    return _Settled(location, seed if asked.seed is None else asked.seed, fields, choices, decide)
+
+
+def _refuse_unpicked(asked: prompting.Asked) -> None:
+    """Raise OptionError for what has no meaning where a choice is picked and nothing written."""
+    given = {
+        "--explain": asked.explain,
+        "--engine": asked.engine is not None,
+        "--seed": asked.seed is not None,
+    }
+    for name, value in given.items():
+        if value:
+            raise errors.OptionError(
+                f"{name}: the likeliest of the choices of {asked.template} is picked, and nothing "
+                "is written. Leave it out, or have the answer written: "
+                "--set evaluation.decide=generate."
+            )

@@ -97,6 +97,15 @@ class Template(records.Record):
             self._refuse("response", self._no_choice(text))
         return text
 
+    def asking(self, system: str | None = None) -> Template:
+        """The template for rows whose answer is not known: a word stands in for it.
+
+        system: the system message in place of its own.
+        """
+        stands = "{{ choices[0] }}" if self.choices else "?"
+        changed = {"response": stands, "references": None, "system": system or self.system}
+        return self.model_copy(update=changed)
+
     def gold(self, row: Mapping[str, Any]) -> list[str]:
         """Every answer that counts as right: the references, else the one answer."""
         if self.references is None:

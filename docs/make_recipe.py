@@ -77,6 +77,12 @@ Without a template the columns say what a row is, and itune says what it took th
 | `prompt`, `completion` | `prompt_completion` | the same: texts, or lists of messages |
 | `text` | `text` | running text, for `pretrain` |
 
+A column `system` is the system message of its row in each of the first four, `history` of an
+`alpaca` row its earlier pairs of prompt and answer; which other columns are there and not read is
+told. Roles are known by their usual names (`human`, `gpt`, `developer`, `ai`, `observation`, ...);
+`messages` may be the text of their JSON, as a table holds it. Tools, thoughts beside the text
+(`reasoning_content`) and turns of weight 0 are refused.
+
 Columns that fit two of them are an error; `format` chooses. Of a prompt and completion the
 completion alone is learnt. `streaming: true` reads only what `max_steps` needs. Everything is
 tokenised once and kept; a change of data, template, tokenizer or of a key that matters makes it

@@ -126,6 +126,46 @@ def test_rows_of_messages_and_of_sharegpt_are_the_same() -> None:
     )
 
 
+def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+    how = formats.reading(None, None, list(row), "rows.jsonl", "tune")
+    return [(each.role, each.content) for each in how.example(row).messages]
+
+
+def test_system_and_history_of_a_row_are_part_of_its_conversation() -> None:
+    begin, end = ("system", "Be brief."), [("user", "Why?"), ("assistant", "So.")]
+    talk = [{"role": role, "content": content} for role, content in end]
+    row = {"system": "Be brief.", "id": 3}
+    assert said({**row, "messages": talk}) == [begin, *end]
+    assert said({**row, "messages": json.dumps(talk)}) == [begin, *end], "as a table holds it"
+    assert said({**row, "conversations": talk}) == [begin, *end]
+    assert said({**row, "prompt": "Why?", "completion": "So."}) == [begin, *end]
+    assert said({**row, "prompt": talk[:1], "completion": talk[1:]}) == [begin, *end]
+    alpaca = {**row, "instruction": "Why?", "output": "So."}
+    assert said(alpaca) == [begin, *end]
+    earlier = [("user", "Who?"), ("assistant", "I.")]
+    assert said({**alpaca, "history": [["Who?", "I."]]}) == [begin, *earlier, *end]
+    for nothing in ("", None):
+        assert said({"system": nothing, "messages": talk, "tools": nothing}) == end
+
+
+def test_columns_that_a_format_leaves_out_are_told() -> None:
+    found = formats.reading(None, None, ["prompt", "completion", "id", "notes"], "a.jsonl", "tune")
+    assert found.told == (
+        "prompts and completions (columns prompt, completion); not read: id, notes"
+    )
+    found = formats.reading(None, None, ["messages", "system"], "a.jsonl", "tune")
+    assert found.told == "conversations (column messages)"
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [("developer", "system"), ("ai", "assistant"), ("observation", "tool"), ("prompter", "user")],
+)
+def test_roles_of_published_conversations_are_known(role: str, known: str) -> None:
+    turns = [{"from": role, "value": "a"}, {"from": "gpt", "value": "b"}]
+    assert said({"conversations": turns})[0] == (known, "a")
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from itune import errors, templates
 
+# What published conversations call a role, and the name that chat templates know it by.
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
+    "prompter": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
     "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
+THOUGHT = ("reasoning_content", "reasoning", "thinking")
 
 # The keys of a turn: of `messages`, and of ShareGPT's `conversations`.
 CONTENT = ("role", "content")
@@ -75,12 +85,15 @@ def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
     turns, names = row.get("messages"), CONTENT
     if turns is None:
         turns, names = row.get("conversations"), SHAREGPT
+    if isinstance(turns, str):
+        turns = _listed(turns)
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise errors.DataError(
             f"expected a list in column 'messages' or 'conversations', found {_shown(turns)} "
             f"(the row has {_columns(row)}). Rename the column with data.train.rename."
         )
     messages = tuple(_message(turn, names, number) for number, turn in enumerate(turns, 1))
+    messages = (*_system(row, messages), *messages)
     if answered and not any(message.role == "assistant" for message in messages):
         raise errors.DataError(
             "no assistant's turn: there is nothing to learn from this conversation. "
@@ -90,6 +103,33 @@ def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
     return Example(
         messages=messages, references=(last.content,) if last.role == "assistant" else ()
     )
+
+
+def _listed(text: str) -> Any:
+    """A list that a table holds as the text of its JSON; anything else as it is."""
+    try:
+        return json.loads(text) if text.lstrip().startswith("[") else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def _system(row: Mapping[str, Any], messages: Sequence[Message] = ()) -> tuple[Message, ...]:
+    """The system message of a row's own column, where it has one. Raises DataError."""
+    if row.get("tools") not in (None, "", [], "[]"):
+        raise errors.DataError(
+            "column 'tools': describes tools, and no model here is told of any. Write them into a "
+            "system message as text, or give the column another name with rename."
+        )
+    if row.get("system") is None:
+        return ()
+    text = _text(row, "system", empty=True)
+    if not text.strip():
+        return ()
+    if messages and messages[0].role == "system":
+        raise errors.DataError(
+            "column 'system': the conversation begins with a system message too. Keep one."
+        )
+    return (Message("system", text),)
 
 
 def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
@@ -107,6 +147,12 @@ def _message(turn: Any, names: tuple[str, str], number: int) -> Message:
             f"turn {number}: calls tools, and text alone is read. Write the call into "
             f"'{content_name}' as text, or take the row out."
         )
+    for key in THOUGHT:
+        if turn.get(key):
+            raise errors.DataError(
+                f"turn {number}: has {key!r}, and '{content_name}' alone is learnt. Write it there "
+                "as the model does (such as <think>...</think> before the answer), or take it out."
+            )
     if turn.get("weight") == 0:
         raise errors.DataError(
             f"turn {number}: has weight 0, and every turn of the assistant is learnt, or the last "
@@ -163,12 +209,31 @@ def example(template: templates.Template | None, row: Mapping[str, Any], wording
 
 
 def alpaca(row: Mapping[str, Any]) -> Example:
-    """A row of Alpaca's shape: instruction, an input that may be empty or absent, output."""
+    """A row of Alpaca's shape: instruction, an input that may be empty or absent, output.
+
+    And `system`, and `history`, pairs of earlier prompts and answers. Raises DataError.
+    """
     instruction, given, output = (
         _text(row, name, empty=name == "input") for name in ("instruction", "input", "output")
     )
     prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
-    return Example((Message("user", prompt), Message("assistant", output)), references=(output,))
+    said = (*_system(row), *_history(row), Message("user", prompt), Message("assistant", output))
+    return Example(said, references=(output,))
+
+
+def _history(row: Mapping[str, Any]) -> list[Message]:
+    pairs = row.get("history")
+    pairs = (_listed(pairs) or []) if isinstance(pairs, str) else pairs or []
+    out: list[Message] = []
+    for pair in pairs if isinstance(pairs, Sequence) else [pairs]:
+        two = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not two or not all(isinstance(each, str) for each in pair):
+            raise errors.DataError(
+                f"column 'history': expected pairs of a prompt and its answer, found "
+                f"{_shown(pair)}. Mend or take out the row."
+            )
+        out += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return out
 
 
 def _text(row: Mapping[str, Any], name: str, *, empty: bool = False) -> str:
@@ -185,9 +250,15 @@ def _text(row: Mapping[str, Any], name: str, *, empty: bool = False) -> str:
 def prompt_completion(row: Mapping[str, Any]) -> Example:
     """A row of prompt and completion: two texts, or two lists of messages (role, content)."""
     prompt, completion = row.get("prompt"), row.get("completion")
+    if row.get("label") is False:
+        raise errors.DataError(
+            "column 'label': false, as rows for KTO mark an answer that is not wanted, and every "
+            "answer is learnt here. Take such rows out."
+        )
     if isinstance(prompt, str) or isinstance(completion, str):
         asked, answer = _text(row, "prompt"), _text(row, "completion")
-        return Example((Message("user", asked), Message("assistant", answer)), references=(answer,))
+        said = (*_system(row), Message("user", asked), Message("assistant", answer))
+        return Example(said, references=(answer,))
     before, after = (
         conversation({"messages": each}, answered=False).messages for each in (prompt, completion)
     )
@@ -196,7 +267,8 @@ def prompt_completion(row: Mapping[str, Any]) -> Example:
             f"column 'completion': expected one message of the assistant, found "
             f"{', '.join(each.role for each in after)}. Write such rows as 'messages'."
         )
-    return Example((*before, *after), references=(after[0].content,))
+    said = (*_system(row, before), *before, *after)
+    return Example(said, references=(after[0].content,))
 
 
 # --- which format a row has ---------------------------------------------------------------
@@ -207,6 +279,13 @@ NEEDED = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+}
+READ = {  # the columns that a format reads where they are there
+    "messages": ("system",),
+    "conversations": ("system",),
+    "alpaca": ("input", "system", "history"),
+    "prompt_completion": ("system",),
+    "text": (),
 }
 TOLD = {
     "messages": "conversations (column messages)",
@@ -223,6 +302,8 @@ class Reading:
 
     template: templates.Template | None
     format: str | None = None
+    unread: tuple[str, ...] = field(default=(), repr=False)
+    """Columns that a format leaves out."""
 
     @property
     def wordings(self) -> int:
@@ -257,7 +338,10 @@ class Reading:
     @property
     def told(self) -> str | None:
         """What the columns were taken for; None where a template says it."""
-        return None if self.template else TOLD[str(self.format)]
+        if self.template:
+            return None
+        left = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"{TOLD[str(self.format)]}{left}"
 
     def train_on(self, wanted: str) -> str:
         """Which answers are learnt: of a prompt and completion, the completion alone."""
@@ -283,8 +367,8 @@ class Reading:
 
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Example]] = {
-    "messages": lambda row: conversation({"messages": row.get("messages")}),
-    "conversations": lambda row: conversation({"conversations": row.get("conversations")}),
+    "messages": lambda row: conversation({**row, "conversations": None}),
+    "conversations": lambda row: conversation({**row, "messages": None}),
     "alpaca": alpaca,
     "prompt_completion": prompt_completion,
     "text": plain_text,
@@ -331,7 +415,8 @@ def reading(
             f"{where}: its rows are plain text, so nothing says what is prompt and what is answer. "
             "Name a template that splits them, or use itune pretrain."
         )
-    return Reading(None, found[0])
+    read = (*NEEDED[found[0]], *READ[found[0]])
+    return Reading(None, found[0], tuple(sorted(set(columns) - set(read))))
 
 
 def _columns(row: Mapping[str, Any]) -> str:

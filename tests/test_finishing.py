@@ -96,15 +96,30 @@ def test_an_adapter_on_an_adapter_is_whole_by_itself(
         ("tracking.log_with=[nope]", 2, "unknown 'nope'"),
         ("tracking.log_with=[wandb]", 3, "not installed"),
         ("model.family=masked", 2, "masked"),
+        ("training.use_liger_kernel=true", 3, "its kernels run on a GPU"),
+        ("training.lr_scheduler_kwargs={cycles: 2}", 2, "unexpected keyword argument 'cycles'"),
     ],
 )
+@pytest.mark.parametrize("plan", [(), ("--plan",)], ids=["run", "plan"])
 def test_what_could_fail_late_fails_before_the_first_step(
-    option: str, code: int, said: str, folder: Path, cli: Cli
+    option: str, code: int, said: str, plan: tuple[str, ...], folder: Path, cli: Cli
 ) -> None:
-    ended = cli("tune", "-r", "lora.yaml", "-s", option)
+    ended = cli("tune", "-r", "lora.yaml", "-s", option, *plan)
     assert (ended.code, "Traceback" in ended.err) == (code, False), ended.err
     assert said in ended.err
     assert not (folder / "runs/lora/log.jsonl").exists()
+
+
+def test_a_plan_says_that_the_folder_would_be_refused(folder: Path, cli: Cli) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken/notes.txt").write_text("mine")
+    ended = cli("tune", "-r", "lora.yaml", "--plan", "-o", "taken")
+    assert ended.code == 0, ended.err
+    assert "as things are, the run itself would be refused: taken" in ended.err
+    assert "would be refused" not in cli("tune", "-r", "lora.yaml", "--plan").err
+    both = cli("tune", "-r", "lora.yaml", "--plan", "--preview", "1")
+    assert both.code == 2
+    assert "--preview and --plan" in both.err
 
 
 def test_other_settings_for_answers_are_no_other_run(folder: Path, cli: Cli) -> None:

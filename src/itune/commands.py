@@ -78,11 +78,17 @@ def train(
     """`itune pretrain` and `itune tune`: one loop, from a recipe to a run's folder."""
     recipe = common.load(command)
     screen = common.screen()
+    if preview and plan:
+        raise errors.OptionError("--preview and --plan: each shows and stops. Ask one at a time.")
     if preview:
         _preview(recipe, command, common, screen, preview)
         return
     if plan:
         _plan(recipe, command, common, screen)
+        try:
+            runs.refuse(runs.Run(recipe.output.dir), recipe, command, fresh=fresh, allowed=allowed)
+        except errors.RunError as error:
+            screen.say(f"as things are, the run itself would be refused: {error}")
         return
     hang = recipe.launch.hang_timeout
     wanted = common.processes or recipe.launch.num_processes

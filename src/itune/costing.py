@@ -69,6 +69,7 @@ class _Made:
     ) -> None:
         self.recipe, self.processes = recipe, processes
         suiting.refuse(recipe)
+        optimizers.refuse_schedule(recipe.training)
         self.place = models.placement(recipe.model)
         self.tokenizer = configs.asked_tokenizer(recipe, None, command)
         self.encoder, self.corpus, self.heldout = starting.read(recipe, self.tokenizer, command)

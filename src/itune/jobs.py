@@ -43,7 +43,6 @@ class Job:
 def accelerator(recipe: recipes.Recipe, run: runs.Run, place: models.Placement) -> Accelerator:
     """Accelerate's handle on processes, precision and trackers, for a run of a recipe."""
     trackers = list(recipe.tracking.log_with)
-    _check_trackers(trackers)
     if recipe.launch.cpu_offload and place.device.type == "cuda" and "LOCAL_RANK" in os.environ:
         # Accelerate would make a group for GPUs alone, and parts on the CPU are summed too.
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=_longest_wait(recipe))
@@ -83,22 +82,6 @@ def _longest_wait(recipe: recipes.Recipe) -> datetime.timedelta:
     """How long a collective call may wait: for whom the beats do not tell of, such as a machine
     that is gone while the first process loads or saves. On a CPU the library would set none."""
     return datetime.timedelta(seconds=max(2 * recipe.launch.hang_timeout, 1800))
-
-
-def _check_trackers(names: list[str]) -> None:
-    """Refuse a tracker that Accelerate does not know or would leave out in silence."""
-    from accelerate import tracking
-
-    for name in names:
-        if name not in tracking.LOGGER_TYPE_TO_CLASS:
-            raise errors.RecipeError(
-                f"tracking.log_with: unknown {name!r}."
-                f"{errors.nearest(name, map(str, tracking.LOGGER_TYPE_TO_CLASS))}"
-            )
-        if name not in map(str, tracking.get_available_trackers()):
-            raise errors.EnvironmentRefusal(
-                f"tracking.log_with: {name} is not installed. Run: pip install {name}"
-            )
 
 
 @contextlib.contextmanager

@@ -196,9 +196,8 @@ def load(
     return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def use_liger(model: Any, place: Placement) -> None:
-    """Put Liger's kernels into a model, but for its loss: ours is exact over the whole step."""
-    from transformers.integrations.liger import apply_liger_kernel
+def refuse_liger(place: Placement) -> None:
+    """Raise EnvironmentRefusal where Liger's kernels cannot run."""
     from transformers.utils.import_utils import is_liger_kernel_available
 
     if place.device.type != "cuda":
@@ -210,6 +209,12 @@ def use_liger(model: Any, place: Placement) -> None:
         raise errors.EnvironmentRefusal(
             "training.use_liger_kernel: not installed. Run: pip install 'itune[liger]'"
         )
+
+
+def use_liger(model: Any) -> None:
+    """Put Liger's kernels into a model, but for its loss: ours is exact over the whole step."""
+    from transformers.integrations.liger import apply_liger_kernel
+
     apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
 
 

@@ -103,6 +103,11 @@ def _adamw(
     )
 
 
+def refuse_schedule(settings: recipes.Training) -> None:
+    """Raise RecipeError for a schedule that cannot be made of these settings."""
+    schedule(torch.optim.SGD([torch.zeros(())], lr=1.0), settings, 100)
+
+
 def schedule(made: torch.optim.Optimizer, settings: recipes.Training, steps: int) -> Any:
     """The learning-rate schedule of transformers that `lr_scheduler_type` names."""
     warmup = settings.warmup_steps

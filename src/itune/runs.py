@@ -183,16 +183,10 @@ def opened(
     that may); EnvironmentRefusal when another process holds the folder.
     """
     run = Run(recipe.output.dir)
-    _refuse_foreign(run)
-    if not fresh and (run.dir / "run.json").is_file():
-        _refuse_damaged(run)
-    # What failed before its first step, in its data say, is in nobody's way once it is mended.
-    fresh = fresh or (run.untried and not _same(run, recipe, command))
-    if not fresh and (run.dir / "run.json").is_file():
-        _refuse_another(run, recipe, command, allowed)
-        if run.manifest["state"] == "finished":
-            yield run, "finished"
-            return
+    fresh = refuse(run, recipe, command, fresh=fresh, allowed=allowed)
+    if not fresh and (run.dir / "run.json").is_file() and run.manifest["state"] == "finished":
+        yield run, "finished"
+        return
     if fresh and (run.dir / "run.json").is_file():
         with locked(run):
             run.dir.replace(_aside(run.dir))
@@ -209,6 +203,23 @@ def opened(
         if state != "finished":
             run.update(launch=launch)
         yield run, state
+
+
+def refuse(
+    run: Run, recipe: recipes.Recipe, command: str, *, fresh: bool, allowed: Sequence[str]
+) -> bool:
+    """Raise RunError where a recipe cannot be run in a folder; touches nothing.
+
+    Returns whether what is there would be moved aside.
+    """
+    _refuse_foreign(run)
+    if not fresh and (run.dir / "run.json").is_file():
+        _refuse_damaged(run)
+    # What failed before its first step, in its data say, is in nobody's way once it is mended.
+    fresh = fresh or (run.untried and not _same(run, recipe, command))
+    if not fresh and (run.dir / "run.json").is_file():
+        _refuse_another(run, recipe, command, allowed)
+    return fresh
 
 
 def _refuse_damaged(run: Run) -> None:

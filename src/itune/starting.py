@@ -160,7 +160,7 @@ def untrained(recipe: recipes.Recipe, tokenizer: Any, place: models.Placement) -
     else:
         model = models.build(recipe.model, tokenizer, place, recipe.training.seed)
     if recipe.training.use_liger_kernel:
-        models.use_liger(model, place)
+        models.use_liger(model)
     return model
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ from itune import adapters, configs, errors, families, folding, locating, models
 
 
 def refuse(recipe: recipes.Recipe) -> None:
-    """Raise UserError for a model from scratch, its objective or an adapter that will not do."""
+    """Raise UserError for a model from scratch, its objective or an adapter that will not do.
+
+    And EnvironmentRefusal for a tracker or kernels that are not here.
+    """
+    _refuse_trackers(recipe.tracking.log_with)
+    if recipe.training.use_liger_kernel:
+        models.refuse_liger(models.placement(recipe.model))
     if recipe.model.dtype == "float16":
         raise errors.RecipeError(
             "model.dtype: float16 is not trained in: small gradients are zero there, and large "
@@ -36,6 +42,22 @@ def refuse(recipe: recipes.Recipe) -> None:
         _refuse_adapter(recipe, recipe.adapter, base, kind, replaced=replaced)
     elif recipe.model.from_scratch is not None:
         _outline(recipe.model)
+
+
+def _refuse_trackers(names: Sequence[str]) -> None:
+    """Refuse a tracker that Accelerate does not know or would leave out in silence."""
+    from accelerate import tracking
+
+    for name in names:
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            raise errors.RecipeError(
+                f"tracking.log_with: unknown {name!r}."
+                f"{errors.nearest(name, map(str, tracking.LOGGER_TYPE_TO_CLASS))}"
+            )
+        if name not in map(str, tracking.get_available_trackers()):
+            raise errors.EnvironmentRefusal(
+                f"tracking.log_with: {name} is not installed. Run: pip install {name}"
+            )
 
 
 def _refuse_below(wanted: recipes.Model, location: str, settings: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from itune import (
     layerwise,
     models,
     objectives,
+    optimizers,
     origins,
     plans,
     probing,
@@ -56,6 +57,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
         pushing.check(recipe)
     place, settings = models.placement(recipe.model), recipe.training
     suiting.refuse(recipe)
+    optimizers.refuse_schedule(settings)
     with launching.first_prepares(run.dir):
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     lines = (

@@ -333,6 +333,13 @@ def assert_bits_are_of_bytes(folder: Path, found: dict[str, Any]) -> None:
     assert found["against"]["difference"]["bits_per_byte"]["value"] != 0
 
 
+def test_another_model_is_not_scored_in_the_name_of_a_run(folder: Path, cli: Cli) -> None:
+    for given in ("model.name=gpt2", "adapter.r=2"):
+        ended = cli("eval", "--run", "runs/lora", "-s", given)
+        assert ended.code == 2
+        assert "a run is scored with the model that it trained" in ended.err
+
+
 def test_texts_of_other_tokens_are_told_beside_and_not_tested_in_pairs() -> None:
     ours = np.array([[10.0, 4, 20], [12.0, 5, 24]])
     theirs = np.array([[9.0, 2, 20], [11.0, 3, 24]])

@@ -28,6 +28,7 @@ ASKING = (
     "model.",
     "training.seed",
 )  # parts of a recipe that answers follow from
+TRAINED = ("model.name", "model.revision", "model.from_scratch", "adapter")
 ENSEMBLE = "evaluation.ensemble"
 ALONE = f"--set {ENSEMBLE}=[] averages none."
 NAMED = 40  # chosen: characters of a folder's name that tell of settings
@@ -211,6 +212,12 @@ def _judged(common: commands.Common, asked: Judged) -> tuple[recipes.Recipe, run
             )
         sets = (*common.sets, f"model.name={json.dumps(asked.model)}", "model.from_scratch=null")
         return recipes.load(common.recipe, overrides=sets, command="eval"), None
+    for item in common.sets:
+        if item.startswith(TRAINED):
+            raise errors.OptionError(
+                f"--set {item}: a run is scored with the model that it trained. Name another run "
+                "with --run, or another model with --model, and --recipe for its data."
+            )
     if asked.run is None and common.recipe is not None:
         recipe = recipes.load(common.recipe, overrides=common.sets, command="eval")
         return recipe, runs.find(recipe.output.dir)

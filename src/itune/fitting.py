@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -98,27 +99,31 @@ def example(
     def encode(shorter: formats.Example) -> encoding.Tokens:
         return encoder.conversation(shorter.messages, train_on=train_on)
 
-    longest = max(
-        (_supervised(encoder, (*whole.prompt[-1:], _answer(each))) for each in reading.choices),
-        default=0,
-    )
-
     def size(tokens: encoding.Tokens) -> int:
         if encoder.even:
             return len(tokens.ids)
         answer = sum(tokens.supervised)
         rounded = min(1 << (answer - 1).bit_length(), limit // 2)
-        return len(tokens.ids) - answer + max(answer, longest or rounded)
+        return len(tokens.ids) - answer + max(answer, _longest(encoder, reading.choices) or rounded)
 
     return _shortened(reading, row, wording, encoder, limit, encode, size)
 
 
-def _answer(text: str) -> formats.Message:
-    return formats.Message("assistant", text)
+@functools.lru_cache(maxsize=8)
+def _longest(encoder: encoding.Encoder, choices: tuple[str, ...]) -> int:
+    """Tokens that are learnt of the longest of the choices, whatever is asked; 0 without any."""
+    asked = formats.Message("user", "?")
+    talks = [(asked, formats.Message("assistant", choice)) for choice in choices]
+    made = encoder.conversations(talks, train_on="last")
+    return max((sum(tokens.supervised) for tokens in made), default=0)
 
 
-def _supervised(encoder: encoding.Encoder, messages: tuple[formats.Message, ...]) -> int:
-    return sum(encoder.conversation(messages, train_on="last").supervised)
+@functools.lru_cache(maxsize=1)  # a row is cut in each of its wordings, one after the other
+def _spans(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """Where each token of a text begins and ends in it."""
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans: list[tuple[int, int]] = made["offset_mapping"]
+    return spans
 
 
 def prompt(
@@ -172,10 +177,8 @@ def _shortened(
     column = max(texts, key=lambda name: len(texts[name]))
     text = texts[column]
     answer = reading.example(row, wording).messages[-1]
-    spans = encoder.tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )["offset_mapping"]
-    kept = len(spans)
+    spans = _spans(encoder.tokenizer, text)
+    kept = min(len(spans), limit)  # more never fit: the wording takes room too
     while kept > 0:
         part = slice(spans[-kept][0], None) if reading.cuts_left else slice(spans[kept - 1][1])
         cut = {**row, column: text[part] if kept < len(spans) else text}

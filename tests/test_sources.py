@@ -899,3 +899,20 @@ def test_a_stream_that_breaks_is_told_in_one_line() -> None:
 def _two_then_broken() -> Any:
     yield from ({"prompt": "a"}, {"prompt": "b"})
     raise ValueError("torn")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("a|b\n1|x\n", ["a", "b"]),
+        ("name, first;age\nAda;3\nBo;4\n", ["name, first", "age"]),
+        ('a;b\n"x;y";"1,5"\n2,5;z\n', ["a", "b"]),
+        ('a,b\n"x;y","w;z"\nv,u\n', ["a", "b"]),
+        ("text\nno sign here\n", ["text"]),
+    ],
+    ids=["bars", "comma in a name", "semicolons", "commas", "one column"],
+)
+def test_what_separates_columns_is_what_rows_agree_upon(text: str, columns: list[str]) -> None:
+    path = text_file("a.csv", text)
+    source = recipes.Source(path=path, template="sentiment")
+    assert sources_.read(source).columns == columns

@@ -186,6 +186,14 @@ app.command(
 )(_training("tune"))
 
 
+@app.command("train", hidden=True, context_settings={**WORDS, "ignore_unknown_options": True})
+def _meant(_: typer.Context) -> None:
+    raise errors.OptionError(
+        "itune train: no such command. Prompts and answers are learnt by itune tune, plain text by "
+        "itune pretrain."
+    )
+
+
 @app.command("eval", context_settings=WORDS)
 def evaluate(
     context: typer.Context,

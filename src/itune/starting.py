@@ -265,6 +265,23 @@ def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any
     }
 
 
+FEWEST = 20  # chosen: of fewer steps most are warmup, and little is learnt
+
+
+def few(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
+    """A word where the epochs of a recipe make hardly any steps."""
+    training = recipe.training
+    tokens = corpus.an_epoch(training.seed).tokens * training.num_train_epochs
+    steps = max(1, round(tokens / training.tokens_per_step))
+    if training.max_steps <= 0 and steps < FEWEST:
+        many = f"{steps} step{'s' * (steps != 1)}"
+        yield (
+            f"about {many} in all, as a step takes {training.tokens_per_step:,} tokens: little is "
+            f"learnt in so few. Lower training.tokens_per_step (about "
+            f"{max(64, int(tokens / 100)):,} makes a hundred), or take more epochs"
+        )
+
+
 def mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
     """The share of each source in an epoch, a line each, where there are several."""
     if len(corpus.sources) > 1:

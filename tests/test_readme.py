@@ -42,6 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pa
     world(made)
     text = (made / "tune.yaml").read_text().replace("runs/base", str(tiny_model_dir))
     (made / "FILE").write_text(text)
+    (made / "prompts").mkdir()
+    (template,) = re.findall(r'```yaml title="prompts/verdict.yaml"\n(.*?)```', README, re.S)
+    (made / "prompts/verdict.yaml").write_text(template)
+    (made / "unlabelled.csv").write_text("review\nThe bar was not at all perfect.\n")
     rows(made / "train.parquet", 60)
     rows(made / "test.parquet", 20)
     return made
@@ -103,7 +107,7 @@ def test_every_option_of_the_readme_is_taken(
         ]
     else:
         given = ["tune", "-r", "FILE", *given]
-        given += [] if "--preview" in given else ["--preview", "1"]
+        given += [] if {"--preview", "--plan"} & set(given) else ["--preview", "1"]
     ended = cli(*given)
     assert ended.code == 0, ended.err
 

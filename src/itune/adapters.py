@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from itune import errors, families, records
+from itune import errors, families
 
 START = "start"  # of an adapter that is not saved as it is trained
 # What peft calls a family's task. It has none for masks, and its model for features hands on
@@ -94,19 +93,10 @@ def config(settings: Mapping[str, Any], family: str = families.CAUSAL) -> Any:
         )
     fields = inspect.signature(known[kind]).parameters
     _refuse_broken(kind, given)
-    for name in given:
-        if name not in fields and name in records.ELSEWHERE:
-            raise errors.RecipeError(f"adapter.{name}: unknown key.{records.ELSEWHERE[name]}")
     errors.refuse_unknown("adapter", given, fields, known[kind].__name__)
     whole = given.get("modules_to_save")
     if isinstance(whole, str):  # peft would take it letter by letter
         raise errors.RecipeError(f"adapter.modules_to_save: {whole}: not a list. Write [{whole}].")
-    for name, value in given.items():
-        number = isinstance(fields[name].default, int | float) and isinstance(value, str)
-        if number and re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", value):
-            raise errors.RecipeError(
-                f"adapter.{name}: expected a number, found {value!r}. Take the quotes off."
-            )
     if "task_type" in given:
         raise errors.RecipeError(
             "adapter.task_type: it follows from the model's family. Leave it out; model.family "
@@ -157,11 +147,6 @@ def attach(
         if isinstance(error, TypeError) and "NoneType" in text:  # peft has no default for it
             empty = [name for name in _own_fields(type(wanted)) if getattr(wanted, name) is None]
             text += f". Of its fields these are not set: {', '.join(empty) or 'none'}."
-        if "Target modules" in text:
-            kinds = ("Linear", "Conv1D")
-            linear = [n for n, each in model.named_modules() if type(each).__name__ in kinds]
-            names = sorted({name.rpartition(".")[2] for name in linear})
-            text += f" Known: {', '.join(names[:20])}; all-linear stands for every linear layer."
         raise errors.RecipeError(text) from error
     for p in made.parameters():
         if p.requires_grad and p.dtype.itemsize < 4:

@@ -35,8 +35,6 @@ class Choices(tuple[str, ...]):
             index = operator.index(label)
         except TypeError:
             advice = self._advice(label) if isinstance(label, str) else ""
-            if isinstance(label, float) and label.is_integer():
-                advice = ". Write choices[LABEL | int]"
             raise sandbox.Refused(
                 f"label {errors.shown(label)} is not a whole number{advice}"
             ) from None

@@ -293,13 +293,6 @@ def _under(value: Any, name: str, field: str | None) -> list[Any]:
         value = value[field]
     if isinstance(value, dict) and any(isinstance(each, list) for each in value.values()):
         lists = [key for key, each in value.items() if isinstance(each, list)]
-        sizes = {len(value[key]) for key in lists}
-        if len(lists) == len(value) > 1 and len(sizes) == 1:
-            raise errors.DataError(
-                f"{name}: a list for each column, expected a list of rows. Turn it round: python "
-                f"-c \"import pandas; pandas.read_json('{name}').to_json('rows.jsonl', "
-                "orient='records', lines=True)\""
-            )
         raise errors.DataError(
             f"{name}: expected a list of rows, found a mapping. Name the key that they are under "
             f"with field.{errors.nearest('', lists)}"

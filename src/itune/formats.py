@@ -409,7 +409,6 @@ def reading(
             f"({', '.join(sorted(columns)) or 'none'}). Name a template, or rename columns to one "
             "of: messages; conversations; instruction and output; prompt and completion"
             f"{'' if command == 'tune' else '; text'}."
-            f"{' A table names its columns in its first line.' if _is_table(where) else ''}"
         )
     if found == ["text"] and command == "tune":
         raise errors.DataError(
@@ -418,10 +417,6 @@ def reading(
         )
     read = (*NEEDED[found[0]], *READ[found[0]])
     return Reading(None, found[0], tuple(sorted(set(columns) - set(read))))
-
-
-def _is_table(where: str) -> bool:
-    return any(suffix in where.lower() for suffix in (".csv", ".tsv"))
 
 
 def _columns(row: Mapping[str, Any]) -> str:

@@ -45,27 +45,12 @@ def local(name: str) -> str | None:
         return str(path / "model")
     if path.is_dir():
         if not _holds_model(path):
-            run = path.absolute().parent.parent
-            if (run / "run.json").is_file():
-                raise errors.ModelError(
-                    f"{name}: a checkpoint of a run, which it goes on from and nothing else. Name "
-                    f"the run, whose model is there when it is finished: {path.parent.parent}"
-                )
             raise errors.ModelError(
                 f"{name}: a folder without config.json or adapter_config.json, so no model. "
                 "Name the folder that holds the model's files."
             )
         weights.check(str(path))
         return str(path)
-    if path.suffix.lower() == ".gguf":
-        raise errors.ModelError(
-            f"{name}: GGUF, which holds a model for answering alone and is not read. Name the "
-            "model that it was made from."
-        )
-    if path.is_file():
-        raise errors.ModelError(
-            f"{name}: a file. Name the folder that holds it beside its config.json and tokenizer."
-        )
     starts = (".", "/", "~", "runs/")
     looks_like_path = name.startswith(starts) or name.count("/") > 1 or path.suffix.lower() in FILES
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):

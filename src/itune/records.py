@@ -116,7 +116,6 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
     if error["type"] == "extra_forbidden":
         known = [] if owner is None else keys_of(owner)
         elsewhere = ELSEWHERE.get(str(key[-1]).lower().replace("-", "_"))
-        elsewhere = elsewhere or _of_section(record, key) or _of_one(key)
         what = f"unknown key.{elsewhere or errors.nearest(str(key[-1]), known)}"
     elif error["type"] == "missing":
         about = f" Add it: {_first_sentence(info)}." if info is not None else " Add it."
@@ -126,22 +125,6 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
     else:
         what = _expected(error, info)
     document.fault(key, what)
-
-
-def _of_section(record: type[Record], key: yamls.Key) -> str:
-    """Where a key belongs that is one of another section's."""
-    for section, info in record.model_fields.items():
-        inner = record_in(info.annotation)
-        if inner is not None and key[-1] in keys_of(inner):
-            return f" It belongs in {section}: {section}.{key[-1]}."
-    return ""
-
-
-def _of_one(key: yamls.Key) -> str:
-    """What is meant by a number where a single mapping stands."""
-    if not str(key[-1]).isdecimal() or len(key) < 2:
-        return ""
-    return f" It is one mapping and no list: leave the number out, or write {key[-2]} as a list."
 
 
 def _written(data: Any, location: tuple[str | int, ...]) -> yamls.Key:
@@ -255,12 +238,11 @@ def _in_yaml(text: str) -> str:
 
 
 def _as_path(value: Any, info: FieldInfo | None) -> str:
-    """The cure for a bare name where a record with a `path` or a `name` is meant."""
+    """The cure for a file's bare name where a record with a `path` is meant."""
     record = None if info is None else record_in(info.annotation)
-    if record is None or not isinstance(value, str):
+    if record is None or "path" not in record.model_fields or not isinstance(value, str):
         return ""
-    key = next((each for each in ("path", "name") if each in record.model_fields), None)
-    return f" Write {{{key}: {errors.inert(value)[:80]}}}." if key else ""
+    return f" Write {{path: {errors.inert(value)[:80]}}}."
 
 
 def _choices(info: FieldInfo | None) -> list[str]:

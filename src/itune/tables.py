@@ -8,10 +8,8 @@ NA and null.
 from __future__ import annotations
 
 import array
-import contextlib
 import csv
 import functools
-import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,8 +21,6 @@ from itune import cache, errors
 
 WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 TRUTHS = frozenset({"true", "false", "TRUE", "FALSE"})  # stay texts, but ask for a word
-SIGNS = ",;\t|"
-LOOKED = 1 << 16  # chosen: bytes that tell what separates columns
 TYPES = ("int64", "float64", "bool", "truths")
 LARGEST_LOOKED = 100 << 20  # chosen: going through so many bytes takes some seconds
 LONGEST = 1 << 30  # chosen: a cell may be as long as any row; Python's own limit is 128 KiB
@@ -76,7 +72,7 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
         def make(_folder: Path, path: Path = path, name: str = name) -> dict[str, Any]:
             return vars(_looked(path, name, suffix))
 
-        key = cache.fingerprint([cache.digest(path), suffix, "tables", "5"])
+        key = cache.fingerprint([cache.digest(path), suffix, "tables", "4"])
         found.append(Table(**cache.entry("checked", key, make)[1]))
     first = found[0]
     for table, name in zip(found, names, strict=True):
@@ -93,32 +89,12 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
 
 
 def separator(file: IO[bytes], suffix: str) -> str:
-    """What separates the columns: of a .csv the first sign that its first rows agree upon.
+    """What separates the columns, by the first line: a comma, unless there is none.
 
     Spreadsheets of countries that write 1,5 for one and a half save semicolons under that name.
     """
-    if suffix == ".tsv":
-        return "\t"
-    begin = file.read(LOOKED)
-    text = begin.decode("utf-8-sig", "replace")
-    for sign in SIGNS:
-        sizes = _sizes(text, sign)
-        if len(begin) == LOOKED:  # the last row is not whole
-            sizes = sizes[:-1]
-        if sizes and min(sizes) == max(sizes) > 1:
-            return sign
-    header = text.partition("\n")[0]
-    return next((each for each in SIGNS if each in header), ",")
-
-
-def _sizes(text: str, sep: str) -> list[int]:
-    """The cells of each row, as far as a reader comes."""
-    sizes: list[int] = []
-    with contextlib.suppress(csv.Error):
-        for row in csv.reader(io.StringIO(text, newline=""), delimiter=sep):
-            if row:
-                sizes.append(len(row))
-    return sizes
+    header = file.readline().decode("utf-8-sig", "replace")
+    return "\t" if suffix == ".tsv" else next((each for each in ",;\t" if each in header), ",")
 
 
 def options(table: Table) -> dict[str, Any]:

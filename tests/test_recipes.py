@@ -244,7 +244,25 @@ FIELDS = {
     "evaluation: {against: 2024}": "x.yaml:4: evaluation.against: expected text, found 2024. "
     "Put it in quotes.",
     "adapter: {r: 8}": "x.yaml:4: adapter: peft_type is missing. Add one, such as peft_type: lora.",
-    "adapter: lora": "x.yaml:4: adapter: expected a mapping of keys, found 'lora'.",
+    "adapter: lora": "x.yaml:4: adapter: expected a mapping of keys, found 'lora'. Write "
+    "{peft_type: lora}.",
+    "adapter: {peft_type: lora, rank: 8}": "x.yaml:4: adapter.rank: unknown key. Here it is r.",
+    'adapter: {peft_type: lora, r: "8"}': "x.yaml:4: adapter.r: expected a number, found the text "
+    "'8'. Take the quotes off.",
+    'adapter: {peft_type: lora, use_rslora: "false"}': "x.yaml:4: adapter.use_rslora: expected "
+    "true or false, found the text 'false'. Take the quotes off.",
+    "output: runs/x": "x.yaml:4: output: expected a mapping of keys, found 'runs/x'. Write "
+    "{dir: runs/x}.",
+    "learning_rate: 1.0e-4": "x.yaml:4: learning_rate: unknown key. Here it is "
+    "training.learning_rate.",
+    "lr: 1.0e-4": "x.yaml:4: lr: unknown key. Here it is training.learning_rate.",
+    "leraning_rate: 1.0e-4": "x.yaml:4: leraning_rate: unknown key. Did you mean "
+    "'training.learning_rate'?",
+    "limit: 8": "x.yaml:4: limit: unknown key. Here it is data.train.limit or data.eval.limit.",
+    "training: {metrics: [f1]}": "x.yaml:4: training.metrics: unknown key. Here it is "
+    "evaluation.metrics.",
+    "training: {lora_alpha: 16}": "x.yaml:4: training.lora_alpha: unknown key. Here it is "
+    "adapter.lora_alpha.",
     "launch: {num_processes: 0}": "x.yaml:4: launch.num_processes: expected a whole number >= 1, "
     "found 0.",
     "quantization: {quant_method: torchao}\nadapter: {peft_type: lora}\nlaunch: {fsdp: true}": (
@@ -524,6 +542,10 @@ OVERRIDES = {
     "generation.x={a: 1, a: 2}": "a key is given twice. Keep one.",
     "nosuch.key=1": "unknown key. Known: adapter, data",
     "training.seed=null": "found nothing. Give a value or leave the key out.",
+    "learning_rate=1e-4": "unknown key. Here it is training.learning_rate.",
+    "model=runs/x": "expected a mapping of keys, found 'runs/x'. Write {name: runs/x}.",
+    "data=rows.csv": "expected a mapping of keys, found 'rows.csv'. Write {train: {path: rows.csv",
+    "data.train.1.limit=5": "data.train is one source, not a list. Write data.train.limit; several",
     "output=3": "expected a mapping of keys, found 3.",
 }
 

@@ -670,6 +670,33 @@ def test_a_csv_file_may_have_any_usual_separator(sign: str, tmp_path: Path) -> N
     assert bool(rows.notes) == (sign != ",")
 
 
+# pandas' reader is left open by `datasets`, as below.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        ("name, first;age\nAnn, B;3\nBob;4\n", {"name, first": "Bob", "age": "4"}),
+        ("name, first;age\nAnn, B;3\nBob;4", {"name, first": "Bob", "age": "4"}),
+        ("id;text, long;x\n1;a, b;2\n1;a, b;3\n", {"id": "1", "text, long": "a, b", "x": "3"}),
+        ("text;x,label\na,1\nb;b,0\n", {"text;x": "b;b", "label": "0"}),
+        ('a,b;c\n"1;2",3\n4,5;6\n', {"a": "4", "b;c": "5;6"}),
+    ],
+)
+def test_cells_are_separated_by_what_cuts_each_row_alike(text: str, row: dict[str, str]) -> None:
+    assert rows_of(text_file("a.csv", text))[-1] == row
+    assert rows_of(text_file("b.csv", text), streaming=True)[-1].keys() == row.keys()
+    gc.collect()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_separator_that_is_not_known_is_told(streaming: bool) -> None:
+    path = text_file("a.csv", "text|label|x\ngood, so|1|a\nbad|0|b\n")
+    with pytest.raises(errors.DataError, match=r"a\.csv:1: .* by '\|', and commas.*read_csv\('a"):
+        rows_of(path, streaming=streaming)
+    # A column of texts of which some have the sign in them is no table of it.
+    assert rows_of(text_file("b.csv", "text|s\nx\ny|z\n"))[-1] == {"text|s": "y|z"}
+
+
 # --- tables -------------------------------------------------------------------------------
 
 
@@ -778,7 +805,8 @@ def test_quotes_of_a_tsv_that_enclose_no_cells_are_text() -> None:
         ('a,b\n"x,2\ny",3\n"p "q",2\n', r"a\.csv:4: text after the quote"),
         ('a,b\n1,"x\ny "z" w"\n', r"a\.csv:3: text .*, in the row that begins in line 2\."),
         ("a,b\n1,2\n,\n3,4\n, \n", r"a\.csv:3: a row of empty cells alone.*; 2 such rows\."),
-        ("a,a\n1,2\n", r"a\.csv:1: two columns are called 'a'"),
+        ("a,a\n1,2\n", r"a\.csv:1: two columns are called 'a'\. Rename one\.$"),
+        ("1,1\n1,2\n", r"two columns .*The first line is taken for the names of the columns"),
         ("a,b\n", r"a\.csv: 0 rows, only the names of columns"),
     ],
 )

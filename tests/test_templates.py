@@ -212,8 +212,10 @@ def test_what_stands_for_an_empty_cell_can_be_written(expression: str, text: str
         (-1, "label -1 is out of range"),
         ("1", "label '1' is not a whole number. Write choices[label | int]."),
         ("positive", "'positive' is not a whole number. It is an answer already: write it without"),
-        ("n/a", "label 'n/a' is not a whole number."),
-        (1.0, "label 1.0 is not a whole number."),
+        ("1.0", "label '1.0' is not a whole number. Write choices[label | int]."),
+        ("n/a", "label 'n/a' is not a whole number. Write 0 to 1 in the rows; where they hold"),
+        (1.0, "label 1.0 is not a whole number. Write choices[label | int]."),
+        (0.5, "label 0.5 is not a whole number. Write 0 to 1 in the rows"),
         (None, "column 'label' is empty (null)"),
     ],
 )
@@ -387,6 +389,16 @@ def test_a_template_is_found_here_then_in_prompts_then_among_the_shipped() -> No
 def test_a_template_that_is_not_there_is_told_with_the_nearest() -> None:
     with pytest.raises(errors.TemplateError, match=r"^sentimant: no such prompt\. Did you mean"):
         templates.load("sentimant")
+
+
+def test_a_template_in_a_folder_of_prompts_is_near_by_its_last_name(tmp_path: Path) -> None:
+    file = tmp_path / "prompts" / "mine" / "verdict.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(CLASSES, encoding="utf-8")
+    for typed in ("verdict", "verdcit"):
+        with pytest.raises(errors.TemplateError, match=r"Did you mean 'mine/verdict'\?$"):
+            templates.load(typed)
+    assert templates.load("mine/verdict").name == "verdict"
 
 
 # --- wordings -----------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ REFUSED = {
 # What depends on the text in each layer; peft refuses to fold these only when it is asked to.
 NEVER_FOLDED = {"LILY", "SHADOW"}
 
+MOST_LAYERS = 12  # names in a message
 # chosen: output rows this near to each other, relatively, were never told apart in training.
 ALIKE = 1e-2
 
@@ -157,11 +159,13 @@ def attach(
 
 
 def _refuse_unmatched(model: Any, wanted: Any) -> None:
-    """Raise RecipeError for a layer to be trained whole that is none, or for such a token.
+    """Raise RecipeError for a layer to be adapted or trained whole that is none, or such a token.
 
-    peft says nothing of the first, and counts the second from the end, in training alone.
+    peft passes over a layer as long as another one is there, and counts a token below 0 from the
+    end, in training alone.
     """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    _refuse_no_target(model, modules, getattr(wanted, "target_modules", None))
     for asked in getattr(wanted, "modules_to_save", None) or ():
         if not any(name.endswith(asked) for name in modules):
             near = sorted({name.rpartition(".")[2] for name in modules if name})
@@ -178,6 +182,45 @@ def _refuse_unmatched(model: Any, wanted: Any) -> None:
             raise errors.RecipeError(
                 f"adapter.{field}: {given}: expected a list of token numbers from 0, as [2]."
             )
+
+
+def _refuse_no_target(model: Any, modules: Sequence[str], targets: Any) -> None:
+    parts = [name.split(".") for name in modules]
+    ends = {".".join(each[k:]) for each in parts for k in range(len(each))}
+    if not isinstance(targets, str):
+        absent = [each for each in sorted(targets or ()) if each not in ends]
+    elif targets.lower() == "all-linear" or _matches(targets, modules):
+        return
+    elif targets in ends:  # peft takes a text for a pattern of whole names
+        raise errors.RecipeError(
+            f"adapter.target_modules: {targets}: not a list. Write [{targets}]."
+        )
+    else:
+        absent = [targets]
+    if absent:
+        layers = {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if getattr(module, "weight", None) is not None and module.weight.dim() > 1
+        }
+        hint = errors.nearest(absent[0], layers)
+        names = sorted(layers)[:MOST_LAYERS]
+        raise errors.RecipeError(
+            f"adapter.target_modules: the model has no {errors.shown(absent[0])}."
+            f"{hint if 'Did you mean' in hint else ''} Its layers are {', '.join(names)}; "
+            "all-linear stands for those that are linear."
+        )
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a pattern is that of a whole name. Raises RecipeError for what is no pattern."""
+    try:
+        return any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise errors.RecipeError(
+            f"adapter.target_modules: {errors.shown(pattern)}: no pattern: "
+            f"{errors.one_line(error)} Write a list of names, or all-linear."
+        ) from error
 
 
 def _own_fields(kind: type) -> list[str]:

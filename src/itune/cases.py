@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itune import encoding, errors, fitting, formats, recipes, sources, templates
+from itune import encoding, errors, fitting, formats, recipes, sources, tables, templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,23 @@ class Task:
 def reading(rows: sources.Rows, command: str = "") -> formats.Reading:
     """How the rows of a source become Examples. Raises DataError."""
     source = rows.source
-    found = formats.reading(source.template, source.format, _columns(rows), source.path, command)
+    try:
+        found = formats.reading(
+            source.template, source.format, _columns(rows), source.path, command
+        )
+    except errors.DataError as error:
+        raise errors.DataError(f"{error}{_without_names(rows)}") from error
     if found.is_text and source.allow_control_tokens:
         raise errors.DataError(
             f"{source.path}: allow_control_tokens: its rows are plain text, which has no answers. "
             "Delete it."
         )
     return found
+
+
+def _without_names(rows: sources.Rows) -> str:
+    """A hint for the rows of a table whose first line is no names of columns, it seems."""
+    return "" if rows.table is None else tables.without_names(list(rows.table.columns))
 
 
 def _columns(rows: sources.Rows) -> list[str]:
@@ -87,6 +97,8 @@ def placed(
         return checked(how.example(row, wording))
     except errors.UserError as error:
         text = f"{rows.place(index)}: {error}{getattr(error, 'cure', '')}"
+        if getattr(error, "column", ""):
+            text += _without_names(rows)
         if not rows.source.streaming:
             text += _alike(rows, how, wording, index)
         raise errors.DataError(text) from error

@@ -18,6 +18,13 @@ STOPS: tuple[tuple[str, str], tuple[str, str]] = (
     ("training", "num_train_epochs"),
 )
 TOKENS_PER_STEP = 16384
+# What other programs call the fields of a LoRA.
+LORA = {
+    **dict.fromkeys(("rank", "lora_rank", "lora_r", "lora_dim"), "r"),
+    **dict.fromkeys(("alpha", "scaling"), "lora_alpha"),
+    "dropout": "lora_dropout",
+    **dict.fromkeys(("lora_target", "lora_target_modules", "targets"), "target_modules"),
+}
 
 # What the types of models call their sizes; a model without any of it is built, and even trained.
 SIZE = re.compile(
@@ -101,8 +108,8 @@ def _check_model(document: yamls.Document) -> None:
     if isinstance(scratch, dict):
         _check_scratch(document, scratch)
     adapter = document.data.get("adapter")
-    if isinstance(adapter, dict) and not isinstance(adapter.get("peft_type"), str):
-        document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
+    if isinstance(adapter, dict):
+        _check_adapter(document, adapter)
     quantized = document.data.get("quantization")
     if isinstance(quantized, dict):
         if not isinstance(quantized.get("quant_method"), str):
@@ -116,6 +123,26 @@ def _check_model(document: yamls.Document) -> None:
                 "weights of few bits cannot be trained. Add an adapter, such as "
                 "adapter: {peft_type: lora}, or take the section out.",
             )
+
+
+def _check_adapter(document: yamls.Document, adapter: dict[str, Any]) -> None:
+    kind = adapter.get("peft_type")
+    if not isinstance(kind, str):
+        document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
+    for name, value in adapter.items():
+        # Of other methods `alpha` and the like may be fields.
+        if name in LORA and str(kind or "lora").lower() == "lora":
+            document.fault(("adapter", name), f"unknown key. Here it is {LORA[name]}.")
+        elif isinstance(value, str) and len(value) < errors.LONGEST_VALUE:
+            # peft takes a text as it is: "8" fails in its sums, and "false" counts as true.
+            plain = yamls.resolve(value.strip())
+            if isinstance(plain, int | float):
+                wanted = "true or false" if isinstance(plain, bool) else "a number"
+                document.fault(
+                    ("adapter", name),
+                    f"expected {wanted}, found the text {errors.shown(value)}. Take the quotes "
+                    "off.",
+                )
 
 
 def _check_scratch(document: yamls.Document, scratch: dict[str, Any]) -> None:
@@ -267,6 +294,12 @@ def _key(document: yamls.Document, name: str) -> yamls.Key:
             del parts[: parts[0].isdigit()]  # the index of a list of one may be left out
         elif here is None or isinstance(here, dict):
             part = parts.pop(0)
+            if part.isdigit() and int(part) and isinstance(here, dict) and tuple(key) in SOURCES:
+                name, rest = yamls.dotted(tuple(key)), "".join(f".{each}" for each in parts)
+                raise ValueError(
+                    f"{name} is one source, not a list. Write {name}{rest}; several go in the "
+                    "recipe, as a list."
+                )
             if part != "0" or tuple(key) not in SOURCES:  # one mapping is a list of one
                 key.append(part)
                 here = here.get(part) if here else None

@@ -34,9 +34,8 @@ class Choices(tuple[str, ...]):
         try:
             index = operator.index(label)
         except TypeError:
-            advice = self._advice(label) if isinstance(label, str) else ""
             raise sandbox.Refused(
-                f"label {errors.shown(label)} is not a whole number{advice}"
+                f"label {errors.shown(label)} is not a whole number{self._advice(label)}"
             ) from None
         if not 0 <= index < len(self):
             from_one = (
@@ -48,10 +47,20 @@ class Choices(tuple[str, ...]):
             )
         return super().__getitem__(index)
 
-    def _advice(self, label: str) -> str:
-        if label in self:
+    def _advice(self, label: Any) -> str:
+        if label in tuple(self):
             return ". It is an answer already: write it without choices[]"
-        return ". Write choices[label | int]" if label.strip().isdecimal() else ""
+        if isinstance(label, str | float):
+            try:
+                whole = float(label).is_integer()
+            except (ValueError, OverflowError):
+                whole = False
+            if whole:
+                return ". Write choices[label | int]"
+        return (
+            f". Write 0 to {len(self) - 1} in the rows; where they hold the answer itself, as "
+            "choices has it, leave out choices[]"
+        )
 
 
 class Environment(sandbox.Environment):

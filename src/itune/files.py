@@ -291,6 +291,12 @@ def _under(value: Any, name: str, field: str | None) -> list[Any]:
             known = value if isinstance(value, dict) else ()
             raise errors.DataError(f"{name}: no field {field!r}.{errors.nearest(field, known)}")
         value = value[field]
+    if field is None and _by_columns(value):
+        raise errors.DataError(
+            f"{name}: a table by columns ({errors.inert(', '.join(list(value)[:5]))}), and rows "
+            f"are read. Write it by rows: pandas.DataFrame(json.load(open({name!r})))"
+            ".to_json('rows.jsonl', orient='records', lines=True)."
+        )
     if isinstance(value, dict) and any(isinstance(each, list) for each in value.values()):
         lists = [key for key, each in value.items() if isinstance(each, list)]
         raise errors.DataError(
@@ -301,6 +307,22 @@ def _under(value: Any, name: str, field: str | None) -> list[Any]:
     if not rows:
         raise errors.DataError(f"{name}: 0 rows, the list is empty. Check how it was written.")
     return rows
+
+
+def _by_columns(value: Any) -> bool:
+    """Whether a value of JSON is a table by columns: of lists, or as pandas numbers its rows."""
+    if not isinstance(value, dict) or len(value) < 2:
+        return False
+    columns = list(value.values())
+    if all(isinstance(each, dict) for each in columns):
+        first = list(columns[0])
+        numbered = all(key.isdecimal() for key in first)
+        return bool(first) and numbered and all(list(each) == first for each in columns)
+    if not all(isinstance(each, list) for each in columns):
+        return False
+    # Lists of rows, such as those of several splits, are no columns.
+    rows = any(isinstance(each, dict) for column in columns for each in column)
+    return not rows and len(columns[0]) > 0 and len(set(map(len, columns))) == 1
 
 
 def rows_of(path: Path, name: str, look: Look, field: str | None) -> Iterator[dict[str, Any]]:

@@ -13,6 +13,12 @@ FILES = (
     *(".bin", ".ckpt", ".gguf", ".h5", ".json", ".onnx", ".pt", ".pth", ".safetensors"),
     *(".tar", ".gz", ".yaml", ".yml", ".zip"),
 )
+# What is said of the kind of file that llama.cpp and Ollama read.
+GGUF = (
+    "a kind that is not read, as none of it can be tuned. Name the model that {} made from: its "
+    "folder, or its name on the hub."
+)
+MOST_INSIDE = 5
 
 
 def resolve(name: str, revision: str | None = None) -> str:
@@ -45,15 +51,14 @@ def local(name: str) -> str | None:
         return str(path / "model")
     if path.is_dir():
         if not _holds_model(path):
-            raise errors.ModelError(
-                f"{name}: a folder without config.json or adapter_config.json, so no model. "
-                "Name the folder that holds the model's files."
-            )
+            raise errors.ModelError(f"{name}: {_no_model(path)}")
         weights.check(str(path))
         return str(path)
     starts = (".", "/", "~", "runs/")
     looks_like_path = name.startswith(starts) or name.count("/") > 1 or path.suffix.lower() in FILES
     if looks_like_path or (path.parent.is_dir() and "/" in name and str(path.parent) != "."):
+        if path.is_file():
+            raise errors.ModelError(f"{name}: {_file(path)}")
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         near = [other.name for other in beside if _holds_model(other)]
         raise errors.ModelError(
@@ -61,6 +66,36 @@ def local(name: str) -> str | None:
             f"{_making(path)}"
         )
     return None
+
+
+def _file(path: Path) -> str:
+    """What is said of a file where a folder is meant."""
+    if path.suffix.lower() == ".gguf":
+        return f"a file of GGUF, {GGUF.format('it was')}"
+    beside = (path.parent / "config.json").is_file() or (path.parent / origins.ADAPTER).is_file()
+    where = str(path.parent) if beside else "the one with config.json and the tokenizer in it"
+    return f"a file, and a model is a folder. Name the folder that holds the file: {where}."
+
+
+def _no_model(path: Path) -> str:
+    """What is said of a folder that holds no model."""
+    whole = path.absolute()
+    for run in list(whole.parents)[:2]:
+        if (run / "run.json").is_file() and whole.relative_to(run).parts[0] == "checkpoints":
+            here = Path.cwd()
+            shown = run.relative_to(here) if run.is_relative_to(here) else run
+            return (
+                "what a run keeps to go on with it, and no model. Name the run itself, which "
+                f"stands for its model: {shown}."
+            )
+    what = "a folder without config.json or adapter_config.json, so no model."
+    if any(path.glob("*.gguf")):
+        return f"{what} It holds files of GGUF, {GGUF.format('they were')}"
+    inside = sorted(each.name for each in path.iterdir() if _holds_model(each))
+    if inside:
+        listed = ", ".join(str(path / each) for each in inside[:MOST_INSIDE])
+        return f"{what} There are models in it: name one, such as {listed}."
+    return f"{what} Name the folder that holds the model's files."
 
 
 def _making(path: Path) -> str:

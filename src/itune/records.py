@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import math
@@ -67,27 +68,31 @@ def leaves(data: Any, key: yamls.Key = ()) -> Iterable[tuple[yamls.Key, Any]]:
     return held or [(key, data)]
 
 
-# What other programs call a key whose name here is not near theirs.
-_STEP = " A step is measured in tokens: tokens_per_step."
-_LENGTH = " Here it is max_length, in tokens."
+# What other programs call a key whose name here is not near theirs, and keys of free sections.
+_STEP = " A step is measured in tokens: training.tokens_per_step."
+_LENGTH = " Here it is training.max_length, in tokens."
+ADAPTER = ("peft_type", "lora_alpha", "lora_dropout", "target_modules")
+GENERATION = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "top_k")
 ELSEWHERE = {
-    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), " Here it is num_train_epochs."),
-    **dict.fromkeys(("steps", "num_steps", "total_steps"), " Here it is max_steps."),
-    **dict.fromkeys(("lr", "learnrate"), " Here it is learning_rate."),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), " Here it is training.num_train_epochs."),
+    **dict.fromkeys(("steps", "num_steps", "total_steps"), " Here it is training.max_steps."),
+    **dict.fromkeys(("lr", "learnrate"), " Here it is training.learning_rate."),
     **dict.fromkeys(
         ("batch_size", "per_device_train_batch_size", "micro_batch_size", "train_batch_size"), _STEP
     ),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accumulation_steps"), _STEP),
     **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "block_size"), _LENGTH),
     **dict.fromkeys(("seq_len", "sequence_len", "context_length"), _LENGTH),
-    **dict.fromkeys(("scheduler", "lr_scheduler"), " Here it is lr_scheduler_type."),
-    **dict.fromkeys(("optimizer", "optimiser"), " Here it is optim."),
-    "warmup_ratio": " A share of all steps is a warmup_steps below 1.",
+    **dict.fromkeys(("scheduler", "lr_scheduler"), " Here it is training.lr_scheduler_type."),
+    **dict.fromkeys(("optimizer", "optimiser"), " Here it is training.optim."),
+    "warmup_ratio": " A share of all steps is a training.warmup_steps below 1.",
     "report_to": " Here it is tracking.log_with.",
     "output_dir": " Here it is output.dir.",
     "lora": " Write adapter: {peft_type: lora, r: 16}.",
     "peft": " Write adapter: {peft_type: lora, r: 16}.",
     **dict.fromkeys(("lora_rank", "lora_r", "lora_dim", "rank"), " Here it is adapter.r."),
+    **{key: f" Here it is adapter.{key}." for key in ADAPTER},
+    **{key: f" Here it is generation.{key}." for key in GENERATION},
     **dict.fromkeys(("dataset", "datasets", "train_file"), " Here it is data.train.path."),
     **dict.fromkeys(("base_model", "model_name_or_path", "model_id"), " Here it is model.name."),
     **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), " Here it is model.dtype."),
@@ -99,6 +104,14 @@ ELSEWHERE = {
         ("assistant_only_loss", "completion_only_loss", "train_on_inputs"),
         " Answers alone are learnt; training.train_on says which.",
     ),
+}
+# What is meant by a text alone where a section stands.
+MEANT = {
+    "model": "{{name: {}}}",
+    "data": "{{train: {{path: {}}}}}",
+    "adapter": "{{peft_type: {}}}",
+    "quantization": "{{quant_method: {}}}",
+    "output": "{{dir: {}}}",
 }
 
 
@@ -114,9 +127,7 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
         return  # noted already, for free-form sections too
     owner, info = _field(record, location)
     if error["type"] == "extra_forbidden":
-        known = [] if owner is None else keys_of(owner)
-        elsewhere = ELSEWHERE.get(str(key[-1]).lower().replace("-", "_"))
-        what = f"unknown key.{elsewhere or errors.nearest(str(key[-1]), known)}"
+        what = f"unknown key.{_elsewhere(record, owner, key)}"
     elif error["type"] == "missing":
         about = f" Add it: {_first_sentence(info)}." if info is not None else " Add it."
         what = f"is missing.{about}"
@@ -125,6 +136,34 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
     else:
         what = _expected(error, info)
     document.fault(key, what)
+
+
+def _elsewhere(record: type[Record], owner: type[Record] | None, key: yamls.Key) -> str:
+    """How an unknown key is written here: as its like in this section, or in another section."""
+    typed = str(key[-1])
+    name = typed.lower().replace("-", "_")
+    if name in ELSEWHERE:
+        return ELSEWHERE[name].replace(f" {yamls.dotted(key[:-1])}.", " ")
+    hint = errors.nearest(typed, [] if owner is None else keys_of(owner))
+    if "Did you mean" in hint:
+        return hint
+    homes = dict(_homes(record))
+    if name in homes.values():
+        found = [home for home, each in homes.items() if each == name]
+        return f" Here it is {' or '.join(found[:3])}."
+    near = difflib.get_close_matches(name, homes.values(), n=1, cutoff=0.8)
+    meant = next((home for home, each in homes.items() if each in near), None)
+    return f" Did you mean {meant!r}?" if meant else hint
+
+
+def _homes(record: type[Record], above: yamls.Key = ()) -> Iterable[tuple[str, str]]:
+    """The dotted name and the last part of it of every field of the sections in a record."""
+    for key in keys_of(record):
+        if above:
+            yield yamls.dotted((*above, key)), key
+        inside = record_in(record.model_fields[key].annotation)
+        if inside is not None:
+            yield from _homes(inside, (*above, key))
 
 
 def _written(data: Any, location: tuple[str | int, ...]) -> yamls.Key:
@@ -196,7 +235,7 @@ def _expected(error: Any, info: FieldInfo | None) -> str:
         advice = hint if "Did you mean" in hint else ""
     elif kind in ("model_type", "model_attributes_type", "dict_type", "mapping_type"):
         expected = "a mapping of keys"
-        advice = _as_path(value, info)
+        advice = _as_path(value, info) or _as_section(value, error["loc"])
     elif kind == "string_too_short":
         expected, advice = "text that is not empty", " Give a value or leave the key out."
     else:
@@ -243,6 +282,13 @@ def _as_path(value: Any, info: FieldInfo | None) -> str:
     if record is None or "path" not in record.model_fields or not isinstance(value, str):
         return ""
     return f" Write {{path: {errors.inert(value)[:80]}}}."
+
+
+def _as_section(value: Any, location: tuple[str | int, ...]) -> str:
+    """The cure for a text where a section of a recipe is meant."""
+    if len(location) != 1 or location[0] not in MEANT or not isinstance(value, str):
+        return ""
+    return f" Write {MEANT[str(location[0])].format(_in_yaml(errors.inert(value))[:80])}."
 
 
 def _choices(info: FieldInfo | None) -> list[str]:
@@ -364,7 +410,11 @@ def _near(path: Path, kind: str) -> str:
     known = {*names_in(Path(kind)), *names_in(shipped(kind))}
     here = {file.stem for file in Path().glob("*.yaml")}
     hint = errors.nearest(str(path.with_suffix("")), known | here)
-    return hint if "Did you mean" in hint else errors.nearest(path.stem, known)
+    if "Did you mean" in hint:
+        return hint
+    lasts = {each.rpartition("/")[2]: each for each in sorted(known)}
+    near = difflib.get_close_matches(path.stem, lasts, n=1, cutoff=0.7)
+    return f" Did you mean {lasts[near[0]]!r}?" if near else errors.nearest(path.stem, known)
 
 
 def metric_faults(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import array
 import csv
 import functools
+import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,10 @@ WHOLE = re.compile(r"0|-?[1-9][0-9]{0,17}")
 TRUTHS = frozenset({"true", "false", "TRUE", "FALSE"})  # stay texts, but ask for a word
 TYPES = ("int64", "float64", "bool", "truths")
 LARGEST_LOOKED = 100 << 20  # chosen: going through so many bytes takes some seconds
+LOOKED = 1 << 16  # chosen: bytes that show what separates cells
+ROWS_LOOKED = 50  # chosen: a sign of the texts themselves will not be in so many rows alike
+KNOWN, FOREIGN = (",", ";", "\t"), "|"
+NUMBER = re.compile(r"-?\d+([.,]\d+)?")
 LONGEST = 1 << 30  # chosen: a cell may be as long as any row; Python's own limit is 128 KiB
 
 
@@ -72,7 +78,7 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
         def make(_folder: Path, path: Path = path, name: str = name) -> dict[str, Any]:
             return vars(_looked(path, name, suffix))
 
-        key = cache.fingerprint([cache.digest(path), suffix, "tables", "4"])
+        key = cache.fingerprint([cache.digest(path), suffix, "tables", "5"])
         found.append(Table(**cache.entry("checked", key, make)[1]))
     first = found[0]
     for table, name in zip(found, names, strict=True):
@@ -88,13 +94,54 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
     return first
 
 
-def separator(file: IO[bytes], suffix: str) -> str:
-    """What separates the columns, by the first line: a comma, unless there is none.
+def separator(file: IO[bytes], suffix: str, name: str) -> str:
+    """What separates the columns: the sign that cuts each of the first rows into as many cells.
 
+    Where there is no such sign, or two that cut alike, a comma goes before a semicolon and a tab.
     Spreadsheets of countries that write 1,5 for one and a half save semicolons under that name.
+    Raises DataError for a file that another sign cuts; `name`: how messages call it.
     """
-    header = file.readline().decode("utf-8-sig", "replace")
-    return "\t" if suffix == ".tsv" else next((each for each in ",;\t" if each in header), ",")
+    if suffix == ".tsv":
+        return "\t"
+    raw = file.read(LOOKED)
+    text = raw.decode("utf-8-sig", "replace")
+    header = text.partition("\n")[0]
+    cells = {sign: _cells(text, sign, whole=len(raw) < LOOKED) for sign in (*KNOWN, FOREIGN)}
+    known = [sign for sign in KNOWN if sign in header]
+    if cells[FOREIGN] and not any(cells[sign] for sign in known):
+        raise errors.DataError(
+            f"{name}:1: its cells seem to be separated by {FOREIGN!r}, and commas, semicolons and "
+            f"tabs are known. Save it with commas: pandas.read_csv({name!r}, sep={FOREIGN!r}, "
+            "dtype=str, keep_default_na=False).to_csv('rows.csv', index=False)."
+        )
+    # The first of the largest, so that a comma goes before the others.
+    return max(known, key=lambda sign: cells[sign], default=",")
+
+
+def _cells(text: str, sign: str, *, whole: bool) -> int:
+    """How many cells the first rows of a text have each, if more than one; 0 where they differ."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign)
+    try:
+        counts = [len(row) for row in itertools.islice(reader, ROWS_LOOKED) if row]
+        if not whole and len(counts) > 1 and next(reader, None) is None:
+            counts.pop()  # the last one is cut
+    except csv.Error:
+        return 0
+    alike = len(set(counts)) == 1 and counts[0] > 1
+    return counts[0] if alike else 0
+
+
+def without_names(columns: Sequence[str]) -> str:
+    """A hint to follow a message on columns, where their names look like cells of a row."""
+    for name in columns:
+        words = name.split()
+        number = NUMBER.fullmatch(name.strip()) is not None
+        if number or len(words) > 5 or (len(words) > 1 and name.rstrip()[-1] in ".!?"):
+            return (
+                " The first line is taken for the names of the columns, and "
+                f"{errors.shown(name)} looks like a cell of a row: write a line of names above it."
+            )
+    return ""
 
 
 def options(table: Table) -> dict[str, Any]:
@@ -127,7 +174,7 @@ def told(table: Table, suffix: str) -> Iterator[str]:
 
 def _looked(path: Path, name: str, suffix: str) -> Table:
     with path.open("rb") as file:
-        sep = separator(file, suffix)
+        sep = separator(file, suffix, name)
     if suffix == ".csv":
         return _made(sep, True, _columns(path, name, sep, quoted=True)[0])
     try:
@@ -159,7 +206,10 @@ def _columns(path: Path, name: str, sep: str, *, quoted: bool) -> tuple[dict[str
     _, header = next(rows)
     names = [each or f"Unnamed: {k}" for k, each in enumerate(header)]
     if twice := [each for each, count in Counter(names).items() if count > 1]:
-        raise errors.DataError(f"{name}:1: two columns are called {twice[0]!r}. Rename one.")
+        raise errors.DataError(
+            f"{name}:1: two columns are called {errors.shown(twice[0])}. Rename one."
+            f"{without_names(names)}"
+        )
     kinds: list[str | None] = [None] * len(names)  # None: no cell yet that says anything
     missing, count = [False] * len(names), 0
     void: list[int] = []

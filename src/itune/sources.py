@@ -336,7 +336,7 @@ def _stream(
     content = [[each.st_size, each.st_mtime_ns, each.st_ctime_ns] for each in states]
     if builder == "csv":
         with unpacking.opened(Path(names[0])) as file:
-            options["sep"] = tables.separator(file, suffix, names[0])
+            options["sep"] = tables.separator(file, suffix)
     rows = _built(source, builder, split, [Path(each) for each in names], streaming=True, **options)
     timed = [name for name, kind in (rows.features or {}).items() if "timestamp" in str(kind)]
     if builder == "json" and timed:

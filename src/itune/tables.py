@@ -27,7 +27,7 @@ TYPES = ("int64", "float64", "bool", "truths")
 LARGEST_LOOKED = 100 << 20  # chosen: going through so many bytes takes some seconds
 LOOKED = 1 << 16  # chosen: bytes that show what separates cells
 ROWS_LOOKED = 50  # chosen: a sign of the texts themselves will not be in so many rows alike
-KNOWN, FOREIGN = (",", ";", "\t"), "|"
+SIGNS = (",", ";", "\t", "|")
 NUMBER = re.compile(r"-?\d+([.,]\d+)?")
 LONGEST = 1 << 30  # chosen: a cell may be as long as any row; Python's own limit is 128 KiB
 
@@ -78,7 +78,7 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
         def make(_folder: Path, path: Path = path, name: str = name) -> dict[str, Any]:
             return vars(_looked(path, name, suffix))
 
-        key = cache.fingerprint([cache.digest(path), suffix, "tables", "5"])
+        key = cache.fingerprint([cache.digest(path), suffix, "tables", "6"])
         found.append(Table(**cache.entry("checked", key, make)[1]))
     first = found[0]
     for table, name in zip(found, names, strict=True):
@@ -94,26 +94,19 @@ def look(paths: Sequence[Path], names: Sequence[str], suffix: str) -> Table:
     return first
 
 
-def separator(file: IO[bytes], suffix: str, name: str) -> str:
+def separator(file: IO[bytes], suffix: str) -> str:
     """What separates the columns: the sign that cuts each of the first rows into as many cells.
 
-    Where there is no such sign, or two that cut alike, a comma goes before a semicolon and a tab.
+    Where there is no such sign, or two that cut alike, a comma goes before the others.
     Spreadsheets of countries that write 1,5 for one and a half save semicolons under that name.
-    Raises DataError for a file that another sign cuts; `name`: how messages call it.
     """
     if suffix == ".tsv":
         return "\t"
     raw = file.read(LOOKED)
     text = raw.decode("utf-8-sig", "replace")
     header = text.partition("\n")[0]
-    cells = {sign: _cells(text, sign, whole=len(raw) < LOOKED) for sign in (*KNOWN, FOREIGN)}
-    known = [sign for sign in KNOWN if sign in header]
-    if cells[FOREIGN] and not any(cells[sign] for sign in known):
-        raise errors.DataError(
-            f"{name}:1: its cells seem to be separated by {FOREIGN!r}, and commas, semicolons and "
-            f"tabs are known. Save it with commas: pandas.read_csv({name!r}, sep={FOREIGN!r}, "
-            "dtype=str, keep_default_na=False).to_csv('rows.csv', index=False)."
-        )
+    cells = {sign: _cells(text, sign, whole=len(raw) < LOOKED) for sign in SIGNS}
+    known = [sign for sign in SIGNS if sign in header]
     # The first of the largest, so that a comma goes before the others.
     return max(known, key=lambda sign: cells[sign], default=",")
 
@@ -174,7 +167,7 @@ def told(table: Table, suffix: str) -> Iterator[str]:
 
 def _looked(path: Path, name: str, suffix: str) -> Table:
     with path.open("rb") as file:
-        sep = separator(file, suffix, name)
+        sep = separator(file, suffix)
     if suffix == ".csv":
         return _made(sep, True, _columns(path, name, sep, quoted=True)[0])
     try:

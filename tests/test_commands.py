@@ -235,6 +235,26 @@ def test_the_preview_marks_what_is_learnt(
     assert "training data, all 240 rows" in shown
 
 
+def test_a_run_of_hardly_a_step_is_told_beforehand(
+    tmp_path: Path, cli: Callable[..., Any], tiny_model_dir: Path
+) -> None:
+    rows = [{"prompt": f"what is {n}?", "completion": f"the number {n}"} for n in range(60)]
+    write(tmp_path / "rows.jsonl", rows)
+    given = [f"model.name={tiny_model_dir}", "data.train.path=rows.jsonl", "training.max_length=64"]
+    options = [each for one in given for each in ("-s", one)]
+    for more in ((), ("--plan",)):
+        told = cli("tune", *options, *more).err
+        (line,) = [each for each in told.splitlines() if "training.tokens_per_step" in each]
+        assert "the whole run is about 1 step, too few to learn much. Set it to" in line
+        assert "for about 30 steps an epoch, or raise training.num_train_epochs." in line
+    wanted = line.split("Set it to ")[1].split()[0]
+    told = cli("tune", *options, "-s", f"training.tokens_per_step={wanted}", "--output", "b").err
+    assert "too few" not in told
+    assert 26 <= int(told.split("done: ")[1].split()[0]) <= 34
+    told = cli("tune", *options, "-s", "training.max_steps=1", "--output", "c").err
+    assert "too few" not in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -246,7 +266,8 @@ def test_the_preview_marks_what_is_learnt(
         (["tune", "-r", "tune.yaml", "-s", "data.train.0.path=empty.jsonl"], "0 rows"),
         (["tune", "-r", "tune.yaml", "-s", "data.train.0.path=text.jsonl"], "label"),
         (["tune", "-r", "tune.yaml", "-s", "adapter={peft_type: lorra}"], "lora"),
-        (["tune", "-r", "tune.yaml", "-s", "adapter={peft_type: lora, rank: 2}"], "no such field"),
+        (["tune", "-r", "tune.yaml", "-s", "adapter={peft_type: lora, ranks: 2}"], "no such field"),
+        (["tune", "-r", "tune.yaml", "-s", "adapter={peft_type: lora, rank: 2}"], "Here it is r"),
         (["pretrain", "-r", "pre.yaml", "-s", "model.from_scratch.hiden_size=3"], "hidden_size"),
         (["eval", "--run", "elsewhere"], "not a run"),
         (["eval"], "no finished run"),

@@ -110,15 +110,6 @@ def test_what_could_fail_late_fails_before_the_first_step(
     assert not (folder / "runs/lora/log.jsonl").exists()
 
 
-def test_epochs_of_hardly_any_steps_are_told(folder: Path, cli: Cli) -> None:
-    few = ("tune", "-r", "lora.yaml", "-o", "few", "-s", "training.tokens_per_step=100000")
-    ended = cli(*few, "-s", "training.num_train_epochs=2", "--plan")
-    assert ended.code == 0, ended.err
-    assert "about 1 step in all, as a step takes 100,000 tokens" in ended.err
-    assert "makes a hundred" in ended.err
-    assert "makes a hundred" not in cli(*few, "--plan").err, "its steps are chosen"
-
-
 def test_a_plan_says_that_the_folder_would_be_refused(folder: Path, cli: Cli) -> None:
     (folder / "taken").mkdir()
     (folder / "taken/notes.txt").write_text("mine")

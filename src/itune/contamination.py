@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from itune import errors, formats, recipes, runs, samples, storage
+from itune import errors, formats, recipes, runs, samples, sources, storage
 from itune.metrics import words as word_cutter
 
 N = 13  # words: Brown et al. 2020, appendix C
@@ -351,11 +351,42 @@ def check(recipe: recipes.Recipe, run: runs.Run, say: Callable[[str], None], *, 
     found = of_training(recipe, run, keep=keep)
     if found is not None:
         allowed = recipe.data.allow_overlap or run.manifest["command"] == "pretrain"
-        heed(found, run.dir, say, allowed=allowed)
+        cure = _of_one_split(recipe) if found.counts()["exact"] and not allowed else ""
+        heed(found, run.dir, say, allowed=allowed, cure=cure)
 
 
-def heed(found: Found, folder: Path, say: Callable[[str], None], *, allowed: bool) -> None:
-    """Say what was found. Raises DataError for rows on both sides, unless that is allowed."""
+def _of_one_split(recipe: recipes.Recipe) -> str:
+    """What to do where the same split of the same source stands on both sides."""
+    for held in recipe.data.eval:
+        for train in recipe.data.train:
+            one, other = (
+                each.model_dump(include={"path", "name", "revision", "data_files", "field"})
+                for each in (held, train)
+            )
+            split = held.split or "train"
+            if one != other or split != (train.split or "train") or "[" in split:
+                continue
+            others = [each for each in sources.splits(held) if each != split]
+            if others:
+                default = "" if held.split else ", as no other is named"
+                return (
+                    f"Both sides read the split {split} of {held.path}{default}: set that of "
+                    f"data.eval to {' or '.join(others)}"
+                )
+            return (
+                f"Both sides read all of {held.path}: give each a part, such as split: "
+                f'"{split}[:90%]" for data.train and split: "{split}[90%:]" for data.eval'
+            )
+    return ""
+
+
+def heed(
+    found: Found, folder: Path, say: Callable[[str], None], *, allowed: bool, cure: str = ""
+) -> None:
+    """Say what was found. Raises DataError for rows on both sides, unless that is allowed.
+
+    `cure`: what to do about them, where more is known than that they are there.
+    """
     counts, total, path = found.counts(), sum(found.rows), folder / FILE
     if counts["exact"]:
         text = (
@@ -364,8 +395,9 @@ def heed(found: Found, folder: Path, say: Callable[[str], None], *, allowed: boo
         )
         if not allowed:
             raise errors.DataError(
-                f"{text} A score on rows that were trained on proves nothing. Take them out of one "
-                f"side, or set data.allow_overlap: true. All are in {path}."
+                f"{text} A score on rows that were trained on proves nothing. "
+                f"{cure or 'Take them out of one side'}, or set data.allow_overlap: true. "
+                f"All are in {path}."
             )
         say(f"warning: {text} All are in {path}.")
     if counts["ngram"]:

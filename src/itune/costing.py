@@ -76,7 +76,7 @@ class _Made:
         for line in (
             *starting.counted(self.corpus, recipe.training.seed),
             *starting.mixed(recipe, self.corpus),
-            *starting.few(recipe, self.corpus),
+            *starting.few_steps(recipe.training, self.corpus),
         ):
             say(line)
         doctor.check(recipe, self.encoder, say)

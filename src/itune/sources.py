@@ -85,6 +85,19 @@ def refuse_missing(given: Sequence[recipes.Source]) -> None:
             fetching.refuse_name(source)
 
 
+def splits(source: recipes.Source) -> list[str]:
+    """The splits that a source is known to have: by its files' names, or as `datasets` knows."""
+    path = Path(source.path).expanduser()
+    if path.is_file() or source.data_files is not None:
+        return []
+    if path.is_dir() and not (path / "dataset_dict.json").is_file():
+        every = [each.relative_to(path).as_posix().lower() for each in path.rglob("*")]
+        return [each for each in SPLITS if any(_says(name, each) for name in every)]
+    if path.is_dir():
+        return sorted(each.name for each in path.iterdir() if each.is_dir())
+    return [str(each) for each in read(source).data.info.splits or ()]
+
+
 def load(source: recipes.Source) -> datasets.Dataset:
     """The rows of a source, as a `datasets.Dataset`; see `read`."""
     return read(source.model_copy(update={"streaming": False})).data
@@ -214,8 +227,7 @@ def _of_split(
     """The files of a split, and those that are of none."""
 
     def says(file: str, split: str) -> bool:
-        inner = Path(file).relative_to(folder).as_posix().lower()
-        return re.search(rf"(?<![a-z]){split}(?![a-z])", inner) is not None
+        return _says(Path(file).relative_to(folder).as_posix().lower(), split)
 
     if chosen := [each for each in found if says(each, name.lower())]:
         return chosen, [each for each in found if not any(says(each, s) for s in (name, *SPLITS))]
@@ -226,6 +238,10 @@ def _of_split(
             "split to one of them."
         )
     return found, []
+
+
+def _says(name: str, split: str) -> bool:
+    return re.search(rf"(?<![a-z]){split}(?![a-z])", name) is not None
 
 
 def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:

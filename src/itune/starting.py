@@ -6,6 +6,7 @@ Needs torch.
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,8 @@ from itune import (
 )
 
 Say = Callable[[str], None]
+FEW = 3  # steps of an epoch below which a hint is due, where the run has fewer than STEPS
+STEPS = 30  # chosen: what warms up and goes down again learns something in so many
 
 
 def path(
@@ -211,6 +214,29 @@ def counted(corpus: data.Corpus, seed: int) -> Iterator[str]:
             yield f"training data: {number:,} {thing}{'s' * (number > 1)} {said}."
 
 
+def few_steps(settings: recipes.Training, corpus: data.Corpus) -> Iterator[str]:
+    """A line where the data are so few that the run has hardly a step: what would give it some.
+
+    A step of the default size is more than the whole of many a first table.
+    """
+    counts = corpus.an_epoch(settings.seed)
+    an_epoch = counts.tokens / settings.tokens_per_step
+    steps = max(1, round(an_epoch * settings.num_train_epochs))
+    wanted = min(STEPS, counts.rows)
+    enough = settings.max_steps > 0 or an_epoch > FEW or steps >= STEPS
+    if enough or wanted <= max(1, round(an_epoch)):
+        return
+    # A step holds whole rows, so that half of one is left over.
+    per_step = math.ceil(counts.tokens / wanted + counts.tokens / counts.rows / 2)
+    unit = 10 ** max(0, len(str(per_step)) - 2)
+    yield (
+        f"training data: few for training.tokens_per_step, {settings.tokens_per_step:,}: the whole "
+        f"run is about {steps} step{'s' * (steps > 1)}, too few to learn much. Set it to "
+        f"{math.ceil(per_step / unit) * unit} for about {wanted} steps an epoch, or raise "
+        "training.num_train_epochs."
+    )
+
+
 def left_out(heldout: data.Corpus | None) -> Iterator[str]:
     """Held-out rows that are not measured, a line for each source that has some."""
     for report in () if heldout is None else heldout.reports:
@@ -263,23 +289,6 @@ def for_the_record(recipe: recipes.Recipe, corpus: data.Corpus) -> dict[str, Any
         "sources": sources,
         "lengths": None if lengths is None else asdict(lengths),
     }
-
-
-FEWEST = 20  # chosen: of fewer steps most are warmup, and little is learnt
-
-
-def few(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:
-    """A word where the epochs of a recipe make hardly any steps."""
-    training = recipe.training
-    tokens = corpus.an_epoch(training.seed).tokens * training.num_train_epochs
-    steps = max(1, round(tokens / training.tokens_per_step))
-    if training.max_steps <= 0 and steps < FEWEST:
-        many = f"{steps} step{'s' * (steps != 1)}"
-        yield (
-            f"about {many} in all, as a step takes {training.tokens_per_step:,} tokens: little is "
-            f"learnt in so few. Lower training.tokens_per_step (about "
-            f"{max(64, int(tokens / 100)):,} makes a hundred), or take more epochs"
-        )
 
 
 def mixed(recipe: recipes.Recipe, corpus: data.Corpus) -> Iterator[str]:

@@ -62,7 +62,7 @@ def tune(recipe: recipes.Recipe, run: runs.Run, screen: watching.Watcher) -> Non
         encoder, corpus, heldout = starting.prepared(recipe, run, screen.say)
     lines = (
         *starting.counted(corpus, settings.seed), *starting.mixed(recipe, corpus),
-        *starting.few(recipe, corpus), *starting.left_out(heldout),
+        *starting.few_steps(settings, corpus), *starting.left_out(heldout),
     )  # fmt: skip
     for line in lines:
         screen.say(line)

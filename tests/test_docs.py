@@ -173,7 +173,8 @@ def test_the_first_page_has_the_quick_starts_own_commands() -> None:
 def test_both_readmes_show_the_same_files_figures_and_pictures() -> None:
     english, chinese = text("README.md"), text("README.zh.md")
     assert dict(files(english)) == dict(files(chinese))
-    for each in (r"!\[[^]]*\]\(([^)]+)\)", r"^```bash\n(.*?)^```", r"\d\.\d{3} \(\d\.\d{3}\)"):
+    shown = (r"!\[[^]]*\]\(([^)]+)\)", r"^```bash\n(.*?)^```", r"\d\.\d{3} \(\d\.\d{3}\)")
+    for each in (*shown, r"^```\n(quickstart-.*?)^```"):
         assert (
             re.findall(each, english, re.S | re.M) == re.findall(each, chinese, re.S | re.M) != []
         )

@@ -52,6 +52,7 @@ def test_rows_get_the_label_that_eval_finds_for_them(folder: Path, model: str, c
     ask = ("generate", "--model", model, "--template", "./mood.yaml")
     made = cli(*ask, "--input", "new.csv", "--output", "labelled.jsonl")
     assert made.code == 0, made.err
+    assert "Generating" not in made.err, "a library's own bar"
     labelled = lines(folder / "labelled.jsonl")
     assert {int(line["input"]["id"]): line["response"] for line in labelled} == found
     assert labelled[7]["input"]["id"] == "007"

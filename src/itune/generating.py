@@ -16,6 +16,7 @@ from itune import (
     console,
     engines,
     errors,
+    files,
     launchers,
     launching,
     prompting,
@@ -55,6 +56,8 @@ def _generate(common: commands.Common, asked: prompting.Asked, fields: Mapping[s
         commands.still()
         chatting.Chat(speaking.loaded(asked, fields, screen.say), screen, asked.system).run()
         return
+    if asked.input is not None and files.kind(asked.input) not in (None, ".jsonl"):
+        commands.still()  # a library reads it, with a bar of its own
     conversations = sharing.of_first(lambda: prompting.conversations(asked))
     path = None if asked.input is None else common.output
     if path is None:

@@ -60,8 +60,9 @@ alone as `.gz`, `.bz2`, `.xz`, `.zst` or `.zip`. A folder holds files of one kin
 where their names tell splits apart (`train-0.jsonl`, `test.jsonl`), `split` picks among them, as it
 does in folders that `save_to_disk` wrote. A cell of a table stands for its text: `007` stays `007`,
 `true` stays `true`, a text that `{% if flag == 'true' %}` asks for (`True` and `False`, as Python
-writes them, are truth values). JSON keeps kinds; whole numbers in a column with fractions are read
-as `3.0`, and the run says so.
+writes them, are truth values). JSON keeps kinds, and a text like `2024-01-11` is a text (but of a
+data set of the hub whose files are JSON, where `datasets` reads it as a time); whole numbers in a
+column with fractions are read as `3.0`, and the run says so.
 
 A data set of the hub is of the commit that `revision` stands for. Where the hub cannot be reached,
 with `HF_HUB_OFFLINE=1` or without, it is what was loaded here of that commit, and the run says so;

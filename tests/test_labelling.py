@@ -48,6 +48,7 @@ def folder(tmp_path: Path) -> Path:
 def test_rows_get_the_label_that_eval_finds_for_them(folder: Path, model: str, cli: Cli) -> None:
     scored = cli("eval", "-r", "eval.yaml", "--model", model, "-o", "scored", "--wordings", "first")
     assert scored.code == 0, scored.err
+    assert "kept nowhere" not in scored.err
     found = {line["row"]: line["prediction"] for line in lines(folder / "scored/predictions.jsonl")}
     ask = ("generate", "--model", model, "--template", "./mood.yaml")
     made = cli(*ask, "--input", "new.csv", "--output", "labelled.jsonl")
@@ -68,6 +69,8 @@ def test_rows_get_the_label_that_eval_finds_for_them(folder: Path, model: str, c
     assert alone["response"] == among["response"]
     assert alone["chances"]["sad"] == pytest.approx(among["chances"]["sad"], rel=1e-4)
     assert cli(*ask, "--field", "text=Ada weeps.").out.strip() == among["response"]
+    unkept = cli("eval", "-r", "eval.yaml", "--model", model, "--limit", "2")
+    assert "answers and scores are kept nowhere; --output DIR keeps them" in unkept.err
 
 
 def test_answers_are_written_where_that_is_asked_for(

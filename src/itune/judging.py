@@ -140,7 +140,9 @@ def of_model(
     if alone and against is not None:
         say(f"{memorising.NAME}: of this model alone, so {against} is not asked")
     ways = {} if alone else _ways(ours, recipe, metrics)
-    if folder is not None:
+    if folder is None:
+        say("answers and scores are kept nowhere; --output DIR keeps them")
+    else:
         _make(folder)
     answered = None if alone else _answered(ours, recipe, against, folder)
     learnt = memorising.measured(ours, recipe, run) if by_heart else {}

@@ -50,6 +50,7 @@ ORDER = (
     "unpacking",
     "files",
     "tables",
+    "folders",
     "fetching",
     "verbatim",
     "sources",

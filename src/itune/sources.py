@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itune import cache, errors, fetching, files, recipes, tables, unpacking, verbatim
+from itune import cache, errors, fetching, files, folders, recipes, tables, unpacking, verbatim
 
 if TYPE_CHECKING:
     import datasets
-
-SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,7 @@ def splits(source: recipes.Source) -> list[str]:
     if path.is_file() or source.data_files is not None:
         return []
     if path.is_dir() and not (path / "dataset_dict.json").is_file():
-        every = [each.relative_to(path).as_posix().lower() for each in path.rglob("*")]
-        return [each for each in SPLITS if any(_says(name, each) for name in every)]
+        return folders.splits(path)
     if path.is_dir():
         return sorted(each.name for each in path.iterdir() if each.is_dir())
     return [str(each) for each in read(source).data.info.splits or ()]
@@ -137,15 +133,6 @@ def read(source: recipes.Source) -> Rows:
     return _shaped(rows)
 
 
-def _name(split: str, where: str) -> str:
-    name = re.match(r"\w+", split)
-    if name is None:
-        raise errors.DataError(
-            f"{where}: split {split!r} names no split. Write it as train or test[:1000]."
-        )
-    return name[0]
-
-
 # --- folders ------------------------------------------------------------------------------
 
 
@@ -160,7 +147,7 @@ def _saved(source: recipes.Source, path: Path, split: str) -> Rows:
             f"{source.path}: a folder that save_to_disk wrote, but not a whole one: "
             f"{errors.one_line(error)} Was the copy cut? Fetch it again."
         ) from error
-    name = _name(split, source.path)
+    name = folders.split_name(split, source.path)
     splits = dict(made) if isinstance(made, datasets.DatasetDict) else {name: made}
     rows = _sliced(source, split, splits)
     content = [
@@ -176,7 +163,7 @@ def _sliced(source: recipes.Source, split: str, splits: Mapping[Any, Any]) -> An
     """The rows that a split such as test[:100]+test[-100:] names."""
     import datasets
 
-    name = _name(split, source.path)
+    name = folders.split_name(split, source.path)
     if name not in splits:
         raise errors.DataError(
             f"{source.path}: no split {name!r}.{errors.nearest(name, map(str, splits))}"
@@ -196,22 +183,8 @@ def _sliced(source: recipes.Source, split: str, splits: Mapping[Any, Any]) -> An
 def _folder(source: recipes.Source, path: Path, split: str) -> Rows:
     """A folder of files of one kind; where their names tell splits apart, those of the split."""
     if source.data_files is not None:
-        return _files(source, _named_files(source, path, split), split)
-    every = [str(each) for each in sorted(path.rglob("*")) if each.is_file()]
-    every = [each for each in every if not any(p.startswith(".") for p in Path(each).parts[-2:])]
-    found = [each for each in every if files.kind(each) is not None]
-    scripts = [each for each in every if each.endswith(".py")]
-    if scripts and (not found or Path(scripts[0]).stem == path.name):
-        raise errors.DataError(
-            f"{scripts[0]}: a script that makes a data set, and scripts are not run. Run it "
-            "yourself and save what it makes as Parquet or JSONL."
-        )
-    if not found:
-        raise errors.DataError(
-            f"{source.path}: a folder without files of rows. Known kinds: "
-            f"{', '.join(files.BUILDERS)}, each also packed as {', '.join(unpacking.PACKED)}."
-        )
-    chosen, left = _of_split(source, found, _name(split, source.path), path)
+        return _files(source, folders.named(source, path, split), split)
+    chosen, left = folders.of_split(source, path, split)
     rows = _files(source, chosen, split)
     if not left:
         return rows
@@ -221,54 +194,11 @@ def _folder(source: recipes.Source, path: Path, split: str) -> Rows:
     return replace(rows, notes=(*rows.notes, said))
 
 
-def _of_split(
-    source: recipes.Source, found: list[str], name: str, folder: Path
-) -> tuple[list[str], list[str]]:
-    """The files of a split, and those that are of none."""
-
-    def says(file: str, split: str) -> bool:
-        return _says(Path(file).relative_to(folder).as_posix().lower(), split)
-
-    if chosen := [each for each in found if says(each, name.lower())]:
-        return chosen, [each for each in found if not any(says(each, s) for s in (name, *SPLITS))]
-    told = [split for split in SPLITS if any(says(each, split) for each in found)]
-    if told:
-        raise errors.DataError(
-            f"{source.path}: no split {name!r}: its files are those of {', '.join(told)}. Set "
-            "split to one of them."
-        )
-    return found, []
-
-
-def _says(name: str, split: str) -> bool:
-    return re.search(rf"(?<![a-z]){split}(?![a-z])", name) is not None
-
-
-def _named_files(source: recipes.Source, path: Path, split: str) -> list[str]:
-    wanted: Any = source.data_files
-    if isinstance(wanted, Mapping):
-        name = _name(split, source.path)
-        if name not in wanted:
-            raise errors.DataError(
-                f"{source.path}: data_files has no split {name!r}.{errors.nearest(name, wanted)}"
-            )
-        wanted = wanted[name]
-    out: list[str] = []
-    for pattern in [wanted] if isinstance(wanted, str) else wanted:
-        # The pattern as the user typed it, relative or absolute: Path.glob takes relative alone.
-        every = glob.glob(str(path / pattern), recursive=True)  # noqa: PTH207
-        found = sorted(each for each in every if Path(each).is_file())
-        if not found:
-            raise errors.DataError(f"{source.path}: data_files: no file matches {pattern!r}.")
-        out += found
-    return out
-
-
 # --- files --------------------------------------------------------------------------------
 
 
 def _files(source: recipes.Source, names: list[str], split: str) -> Rows:
-    suffix = _one_kind(source, names)
+    suffix = folders.one_kind(source, names)
     _refuse_keys(source, suffix)
     options: dict[str, Any] = {}
     if source.field is not None:
@@ -363,32 +293,6 @@ def _stream(
     return Rows(source, rows, ["files", builder, content, options, None, True])
 
 
-def _one_kind(source: recipes.Source, names: Sequence[str]) -> str:
-    kinds = {files.kind(each) or Path(each).suffix.lower(): each for each in reversed(names)}
-    if len(kinds) > 1:
-        (one, first), (other, second) = sorted(kinds.items())[:2]
-        raise errors.DataError(
-            f"{source.path}: files of two kinds, {one} ({first}) and {other} ({second}). Name one "
-            "kind with a pattern such as *.jsonl, or make two sources."
-        )
-    (suffix,) = kinds
-    if unpacking.is_tar(names[0]):
-        raise errors.DataError(
-            f"{names[0]}: a tar archive, which is not read. Unpack it and name the folder."
-        )
-    if suffix in unpacking.PACKED:
-        raise errors.DataError(
-            f"{names[0]}: its name does not say what is packed in it. Call it as in rows.jsonl"
-            f"{suffix}."
-        )
-    files.refuse_foreign(names[0])
-    if suffix not in files.BUILDERS:
-        raise errors.DataError(
-            f"{names[0]}: unknown kind of file {suffix!r}.{errors.nearest(suffix, files.BUILDERS)}"
-        )
-    return suffix
-
-
 def _refuse_keys(source: recipes.Source, suffix: str) -> None:
     if source.field is not None and suffix not in (".json", ".jsonl"):
         raise errors.DataError(f"{source.path}: field is for JSON, not for {suffix}. Delete it.")
@@ -402,7 +306,7 @@ def _built(
     import datasets
 
     # A name with brackets in it is that name, not a pattern.
-    found = {_name(split, source.path): [glob.escape(str(each)) for each in paths]}
+    found = {folders.split_name(split, source.path): [glob.escape(str(each)) for each in paths]}
     try:
         return datasets.load_dataset(builder, data_files=found, split=split, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
@@ -423,7 +327,7 @@ def _verbatim(
         whole = verbatim.read(paths, names, looks, source.field, folder)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise _unreadable(source, "json", error) from error
-    return _sliced(source, split, {_name(split, source.path): whole})
+    return _sliced(source, split, {folders.split_name(split, source.path): whole})
 
 
 def _unreadable(source: recipes.Source, builder: str, error: Exception) -> errors.DataError:

@@ -97,6 +97,7 @@ def test_an_encoder_that_is_asked_without_choices_is_refused(
     assert "itune generate --template NAME" in ended.err
 
 
+@pytest.mark.parametrize("model", ["causal", "masked"], indirect=True)  # a T5 has no last position
 def test_a_row_that_is_too_long_is_cut_as_in_eval(folder: Path, model: str, cli: Cli) -> None:
     long = {"text": "Ada weeps in the kitchen. " * 200, "label": 0}
     (folder / "moods.jsonl").write_text(json.dumps(long) + "\n")
@@ -105,8 +106,7 @@ def test_a_row_that_is_too_long_is_cut_as_in_eval(folder: Path, model: str, cli:
     asked = ("--template", "./mood.yaml", "--input", "moods.jsonl", "--output", "labelled.jsonl")
     made = cli("generate", "--model", model, *asked)
     assert made.code == 0, made.err
-    if "seq2seq" not in model:  # a T5 has no positions to run out of
-        assert "1 of 1 prompts are cut to the" in made.err
+    assert "1 of 1 prompts are cut to the" in made.err
     (line,) = lines(folder / "labelled.jsonl")
     (other,) = lines(folder / "scored/predictions.jsonl")
     assert line["response"] == other["prediction"]

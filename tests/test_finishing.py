@@ -100,14 +100,28 @@ def test_an_adapter_on_an_adapter_is_whole_by_itself(
         ("training.lr_scheduler_kwargs={cycles: 2}", 2, "unexpected keyword argument 'cycles'"),
     ],
 )
-@pytest.mark.parametrize("plan", [(), ("--plan",)], ids=["run", "plan"])
 def test_what_could_fail_late_fails_before_the_first_step(
-    option: str, code: int, said: str, plan: tuple[str, ...], folder: Path, cli: Cli
+    option: str, code: int, said: str, folder: Path, cli: Cli
 ) -> None:
-    ended = cli("tune", "-r", "lora.yaml", "-s", option, *plan)
+    ended = cli("tune", "-r", "lora.yaml", "-s", option)
     assert (ended.code, "Traceback" in ended.err) == (code, False), ended.err
     assert said in ended.err
     assert not (folder / "runs/lora/log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "tracking.log_with=[nope]",
+        "training.use_liger_kernel=true",
+        "training.lr_scheduler_kwargs={cycles: 2}",
+    ],
+)
+def test_a_plan_refuses_what_the_run_refuses(option: str, folder: Path, cli: Cli) -> None:
+    planned = cli("tune", "-r", "lora.yaml", "-s", option, "--plan")
+    ended = cli("tune", "-r", "lora.yaml", "-s", option)
+    assert planned.code == ended.code != 0
+    assert planned.err == ended.err.partition("\n")[2] != ""
 
 
 def test_a_plan_says_that_the_folder_would_be_refused(folder: Path, cli: Cli) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from test_commands import world
 
@@ -154,6 +156,23 @@ def test_what_generate_wrote_is_scored_by_eval(
     ended = cli("eval", "--predictions", "bare.jsonl", "--metric", "squad_f1")
     assert ended.code == 2
     assert "bare.jsonl:1: reference: expected a text, found nothing" in ended.err
+
+
+def test_rows_of_parquet_keep_what_json_does_not_know_as_text(
+    folder: Path, tiny_model_dir: Path, cli: Cli
+) -> None:
+    day = datetime.datetime(2024, 1, 11, 10, 30)
+    rows = [{"prompt": "Where is Ada?", "day": day, "system": "Be brief."}]
+    datasets.Dataset.from_list(rows).to_parquet(folder / "in.parquet")
+    ask = ("generate", "--model", str(tiny_model_dir), *FEW)
+    made = cli(*ask, "--input", "in.parquet", "--output", "out.jsonl")
+    assert made.code == 0, made.err
+    (line,) = lines(folder / "out.jsonl")
+    assert line["input"]["day"] == "2024-01-11 10:30:00"
+    told = cli(*ask, "Where is Ada?", "--system", "Be brief.", "--json")
+    assert json.loads(told.out)["response"] == line["response"], "its own system message is heard"
+    plain = cli(*ask, "Where is Ada?", "--json")
+    assert json.loads(plain.out)["response"] != line["response"]
 
 
 def test_each_line_of_a_text_file_is_a_prompt(folder: Path, tiny_model_dir: Path, cli: Cli) -> None:

@@ -93,7 +93,7 @@ def conversation(row: Mapping[str, Any], *, answered: bool = True) -> Example:
             f"(the row has {_columns(row)}). Rename the column with data.train.rename."
         )
     messages = tuple(_message(turn, names, number) for number, turn in enumerate(turns, 1))
-    messages = (*_system(row, messages), *messages)
+    messages = (*system_of(row, messages), *messages)
     if answered and not any(message.role == "assistant" for message in messages):
         raise errors.DataError(
             "no assistant's turn: there is nothing to learn from this conversation. "
@@ -113,7 +113,7 @@ def _listed(text: str) -> Any:
         return text
 
 
-def _system(row: Mapping[str, Any], messages: Sequence[Message] = ()) -> tuple[Message, ...]:
+def system_of(row: Mapping[str, Any], messages: Sequence[Message] = ()) -> tuple[Message, ...]:
     """The system message of a row's own column, where it has one. Raises DataError."""
     if row.get("tools") not in (None, "", [], "[]"):
         raise errors.DataError(
@@ -217,7 +217,7 @@ def alpaca(row: Mapping[str, Any]) -> Example:
         _text(row, name, empty=name == "input") for name in ("instruction", "input", "output")
     )
     prompt = f"{instruction}\n\n{given}" if given.strip() else instruction
-    said = (*_system(row), *_history(row), Message("user", prompt), Message("assistant", output))
+    said = (*system_of(row), *_history(row), Message("user", prompt), Message("assistant", output))
     return Example(said, references=(output,))
 
 
@@ -257,7 +257,7 @@ def prompt_completion(row: Mapping[str, Any]) -> Example:
         )
     if isinstance(prompt, str) or isinstance(completion, str):
         asked, answer = _text(row, "prompt"), _text(row, "completion")
-        said = (*_system(row), Message("user", asked), Message("assistant", answer))
+        said = (*system_of(row), Message("user", asked), Message("assistant", answer))
         return Example(said, references=(answer,))
     before, after = (
         conversation({"messages": each}, answered=False).messages for each in (prompt, completion)
@@ -267,7 +267,7 @@ def prompt_completion(row: Mapping[str, Any]) -> Example:
             f"column 'completion': expected one message of the assistant, found "
             f"{', '.join(each.role for each in after)}. Write such rows as 'messages'."
         )
-    said = (*_system(row, before), *before, *after)
+    said = (*system_of(row, before), *before, *after)
     return Example(said, references=(after[0].content,))
 
 

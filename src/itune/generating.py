@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
@@ -168,7 +169,8 @@ def _line(asked: prompting.Conversation, answer: Mapping[str, Any], mark: str) -
     """
     line = {"prompt": asked.prompt, **answer}
     if asked.row.keys() - {"prompt"}:
-        line["input"] = dict(asked.row)
+        # What JSON does not know, such as a time of Parquet's, is told as text.
+        line["input"] = json.loads(json.dumps(dict(asked.row), default=str))
     return {**line, "asked": mark} if mark else line
 
 

@@ -185,12 +185,15 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
     template = templates.load(asked.template) if asked.template else None
     if template is not None and template.task == "chat":  # its rows stand for themselves
         template = None
+    from itune import formats
+
+    how = formats.Reading(template.asking(asked.system)) if template is not None else None
     names_of = _renames(asked)
     if asked.fields:
         if template is None:
             raise errors.OptionError("--field: for which template? Name it with --template NAME.")
         row = _renamed(_fields(asked.fields), names_of)
-        yield _asked(row, "--field", template, asked.system)
+        yield _asked(row, "--field", how, asked.system)
     for prompt in asked.prompts:
         text = _standard_input() if prompt == "-" else prompt
         names = ["prompt"] if template is None else sorted(template.asked_columns())
@@ -199,10 +202,10 @@ def _conversations(asked: Asked) -> Iterator[Conversation]:
                 f"--template {asked.template}: asks for {', '.join(names)}. Give each of them with "
                 "--field NAME=TEXT, or rows with --input."
             )
-        yield _asked(dict.fromkeys(names, text), "prompt", template, asked.system)
+        yield _asked(dict.fromkeys(names, text), "prompt", how, asked.system)
     if asked.input is not None:
         for where, row in _rows(asked.input, asked.template):
-            yield _asked(_renamed(row, names_of), where, template, asked.system)
+            yield _asked(_renamed(row, names_of), where, how, asked.system)
 
 
 def _renames(asked: Asked) -> dict[str, str]:
@@ -245,23 +248,21 @@ def _standard_input() -> str:
 
 
 def _asked(
-    row: Mapping[str, Any], where: str, template: templates.Template | None, system: str | None
+    row: Mapping[str, Any], where: str, how: formats.Reading | None, system: str | None
 ) -> Conversation:
     from itune import formats
 
     first = [formats.Message("system", system)] if system else []
-    if "messages" in row and template is None:
+    if "messages" in row and how is None:
         with located(where):
             turns = list(formats.conversation(row, answered=False).messages)
         own = turns[0].role == "system"  # a row's own goes before that of the command line
         messages = turns if own else [*first, *turns]
         return _readable(Conversation(turns[-1].content, messages, where, row))
-    how = None
     with located(where):
-        if template is None:
-            prompt = row.get("prompt")
+        if how is None:
+            prompt, first = row.get("prompt"), [*formats.system_of(row)] or first
         else:
-            how = formats.Reading(template.asking(system))
             first = list(how.example(row).prompt)
             prompt = first.pop().content
     if not isinstance(prompt, str) or not prompt.strip():

@@ -33,6 +33,7 @@ def recipe(tmp_path: Path, tiny_model_dir: Path) -> Path:
 def planned(cli: Any, *arguments: object) -> dict[str, Any]:
     ended = cli(*arguments, "--plan", "--json")
     assert ended.code == 0, ended.err
+    assert "would be refused" not in ended.err
     return json.loads(ended.out)
 
 

@@ -101,6 +101,7 @@ def torn(cli: Cli, monkeypatch: pytest.MonkeyPatch, given: list[str], at: int) -
         assert cli(*given).code != 0
 
 
+@pytest.mark.slow
 def test_a_run_of_one_process_goes_on_in_two(
     ready: Path, cli: Cli, itune: Itune, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -563,3 +563,27 @@ def test_each_visit_of_a_row_has_a_number_of_its_own() -> None:
     seen = np.concatenate([epoch(0), epoch(1)])
     assert sorted(seen.tolist()) == list(range(12))
     assert objectives.Repeated(corpus.lengths)[seen].sum() == 4 * corpus.lengths.sum()
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "able", "said"),
+    [
+        (512, True, "bfloat16 on CPU"),
+        (512, False, "float32 on CPU"),
+        (128, True, "float32 on CPU"),
+    ],
+)
+def test_bfloat16_is_for_who_has_it_and_gains_by_it(
+    hidden_size: int, able: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer of 128 has 0.3M weights and one of 512 has 3.7M; what they hold is not read."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(models, "cpu_has_bfloat16", lambda: able)
+    recipe = f"""
+model: {{from_scratch: {{model_type: llama, vocab_size: 1024, tokenizer: named, num_hidden_layers: 1,
+  hidden_size: {hidden_size}, intermediate_size: {2 * hidden_size}, num_attention_heads: 4}}}}
+data: {{train: {{path: texts.jsonl}}}}
+"""
+    place = models.placement(recipes.loads(recipe, command="pretrain").model)
+    assert place.why.startswith(said)
+    assert said.startswith(str(place.dtype).removeprefix("torch."))

@@ -62,6 +62,7 @@ def run(line: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(
     folder: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def kept(run: Path) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_as_by_one_process(ready: Path, cli: Cli, itune: Itune) -> None:
     assert cli(*line("-q", "-o", "runs/one")).code == 0
     two = itune(*line("-o", "runs/two", *FSDP))

@@ -580,8 +580,9 @@ def test_bfloat16_is_for_who_has_it_and_gains_by_it(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(models, "cpu_has_bfloat16", lambda: able)
     recipe = f"""
-model: {{from_scratch: {{model_type: llama, vocab_size: 1024, tokenizer: named, num_hidden_layers: 1,
-  hidden_size: {hidden_size}, intermediate_size: {2 * hidden_size}, num_attention_heads: 4}}}}
+model: {{from_scratch: {{model_type: llama, vocab_size: 1024, tokenizer: named,
+  num_hidden_layers: 1, hidden_size: {hidden_size}, intermediate_size: {2 * hidden_size},
+  num_attention_heads: 4}}}}
 data: {{train: {{path: texts.jsonl}}}}
 """
     place = models.placement(recipes.loads(recipe, command="pretrain").model)

@@ -620,6 +620,18 @@ def test_the_recipe_of_a_run_has_the_name_of_the_run() -> None:
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 SMALL = st.floats(1e-9, 1, exclude_max=True)
 FREE = st.dictionaries(TEXT.filter(lambda key: not checks.SECRET_KEY.search(key)), JSON, max_size=3)
+
+
+def taken(free: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter's section takes: it refuses numbers in quotes and names of elsewhere."""
+    return {
+        key: value
+        for key, value in free.items()
+        if key not in checks.LORA
+        and (not isinstance(value, str) or isinstance(yamls.resolve(value.strip()), str | None))
+    }
+
+
 SOURCES = st.lists(
     st.builds(
         recipes.Source,
@@ -646,7 +658,7 @@ RECIPES = st.builds(
         ),
     ),
     data=st.builds(recipes.Data, train=SOURCES, eval=SOURCES),
-    adapter=st.none() | FREE.map(lambda free: {**free, "peft_type": "lora"}),
+    adapter=st.none() | FREE.map(lambda free: {**taken(free), "peft_type": "lora"}),
     generation=FREE,
     training=st.builds(
         recipes.Training,

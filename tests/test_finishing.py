@@ -127,7 +127,7 @@ def test_a_plan_refuses_what_the_run_refuses(option: str, folder: Path, cli: Cli
 def test_a_plan_says_that_the_folder_would_be_refused(folder: Path, cli: Cli) -> None:
     (folder / "taken").mkdir()
     (folder / "taken/notes.txt").write_text("mine")
-    ended = cli("tune", "-r", "lora.yaml", "--plan", "-o", "taken")
+    ended = cli("tune", "-r", "lora.yaml", "--plan", "--json", "-o", "taken")
     assert ended.code == 0, ended.err
     assert "as things are, the run itself would be refused: taken" in ended.err
     both = cli("tune", "-r", "lora.yaml", "--plan", "--preview", "1")

@@ -88,7 +88,7 @@ def train(
         try:
             runs.refuse(runs.Run(recipe.output.dir), recipe, command, fresh=fresh, allowed=allowed)
         except errors.RunError as error:
-            screen.say(f"as things are, the run itself would be refused: {error}")
+            launching.warn(f"as things are, the run itself would be refused: {error}")
         return
     hang = recipe.launch.hang_timeout
     wanted = common.processes or recipe.launch.num_processes

@@ -129,8 +129,9 @@ def _note(record: type[Record], document: yamls.Document, error: Any) -> None:
     if error["type"] == "extra_forbidden":
         what = f"unknown key.{_elsewhere(record, owner, key)}"
     elif error["type"] == "missing":
-        about = f" Add it: {_first_sentence(info)}." if info is not None else " Add it."
-        what = f"is missing.{about}"
+        names = ", ".join(_choices(info))
+        about = f": {_first_sentence(info)}" if info is not None else ""
+        what = f"is missing. Add it{f', one of {names}' if names else about}."
     elif error["type"] == "value_error":
         what = str(error["ctx"]["error"])
     else:

@@ -290,7 +290,7 @@ FAULTS = {
     "translation, summarization, generation, chat, found 'sentiment'.",
     "task: qa\n" + P: "x.yaml:1: response: is missing.",
     "task: qa\nresponse: x\n": "x.yaml:1: prompts: is missing.",
-    "response: x\n" + P: "x.yaml:1: task: is missing. Add it, one of classification, qa, translation",
+    "response: x\n" + P: "x.yaml:1: task: is missing. Add it, one of classification, qa,",
     "task: qa\nresponse: x\nprompts: []\n": "x.yaml:3: prompts: is missing.",
     "task: classification\nresponse: x\n" + P: "x.yaml:1: choices: is missing.",
     "task: classification\nchoices: [a, a]\nresponse: x\n" + P: "x.yaml:2: choices: 'a' is given",

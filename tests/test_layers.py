@@ -25,6 +25,7 @@ ORDER = (
     "charts",
     "contrasts",
     "yamls",
+    "elsewhere",
     "records",
     "sandbox",
     "launchers",

@@ -15,7 +15,7 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from itune import checks, errors, launchers, recipes, records, yamls
+from itune import checks, elsewhere, errors, launchers, recipes, records, yamls
 
 GOOD = """\
 model: {name: some/model}
@@ -627,7 +627,7 @@ def taken(free: dict[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in free.items()
-        if key not in checks.LORA
+        if key not in elsewhere.LORA
         and (not isinstance(value, str) or isinstance(yamls.resolve(value.strip()), str | None))
     }
 

@@ -298,6 +298,9 @@ FAULTS = {
     "task: chat\nsystem: Be kind.\n": "x.yaml:2: system: a chat passes its messages on",
     HEAD + P + "respons: x\n": "x.yaml:4: respons: unknown key. Did you mean 'response'?",
     HEAD + P + "name: x\n": "x.yaml:4: name: unknown key.",
+    HEAD + P + "answer: x\n": "x.yaml:4: answer: unknown key. Here it is response.",
+    HEAD + P + "labels: [x]\n": "x.yaml:4: labels: unknown key. Here it is choices, in the order "
+    "of the labels.",
     HEAD + P + "metrics: [rogue]\n": "x.yaml:4: metrics.0: unknown metric 'rogue'. Did you mean "
     "'rouge'?",
     HEAD + P + "system: 'Judge {{ text }}.'\n": "x.yaml:4: system: is the same for all rows.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from itune import errors, launchers, records, yamls
+from itune import elsewhere, errors, launchers, records, yamls
 
 TRAINING_COMMANDS = ("pretrain", "tune")
 SOURCES = (("data", "train"), ("data", "eval"))
@@ -18,13 +18,6 @@ STOPS: tuple[tuple[str, str], tuple[str, str]] = (
     ("training", "num_train_epochs"),
 )
 TOKENS_PER_STEP = 16384
-# What other programs call the fields of a LoRA.
-LORA = {
-    **dict.fromkeys(("rank", "lora_rank", "lora_r", "lora_dim"), "r"),
-    **dict.fromkeys(("alpha", "scaling"), "lora_alpha"),
-    "dropout": "lora_dropout",
-    **dict.fromkeys(("lora_target", "lora_target_modules", "targets"), "target_modules"),
-}
 
 # What the types of models call their sizes; a model without any of it is built, and even trained.
 SIZE = re.compile(
@@ -131,8 +124,8 @@ def _check_adapter(document: yamls.Document, adapter: dict[str, Any]) -> None:
         document.fault(("adapter",), "peft_type is missing. Add one, such as peft_type: lora.")
     for name, value in adapter.items():
         # Of other methods `alpha` and the like may be fields.
-        if name in LORA and str(kind or "lora").lower() == "lora":
-            document.fault(("adapter", name), f"unknown key. Here it is {LORA[name]}.")
+        if name in elsewhere.LORA and str(kind or "lora").lower() == "lora":
+            document.fault(("adapter", name), f"unknown key. Here it is {elsewhere.LORA[name]}.")
         elif isinstance(value, str) and len(value) < errors.LONGEST_VALUE:
             # peft takes a text as it is: "8" fails in its sums, and "false" counts as true.
             plain = yamls.resolve(value.strip())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 from pydantic import Field
 
-from itune import checks, errors, records, yamls
+from itune import checks, elsewhere, errors, records, yamls
 from itune.records import Record
 from itune.sections import Canaries as Canaries
 from itune.sections import Data as Data
@@ -43,9 +43,10 @@ UNDECIDING = (
 )
 
 
-# What the hub takes, with room for `-merged`.
 class Recipe(Record):
     """All that decides a run."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = elsewhere.RECIPE
 
     name: Annotated[str, Field(exclude=True)]
     """The recipe's name, from its file; not a key."""

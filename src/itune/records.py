@@ -7,9 +7,9 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 import annotated_types
 import pydantic
@@ -32,6 +32,9 @@ class Record(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What is said of a key that other programs have; those of the record of a whole file count."""
 
 
 def build(record: type[T], document: yamls.Document, **given: Any) -> T:
@@ -68,43 +71,6 @@ def leaves(data: Any, key: yamls.Key = ()) -> Iterable[tuple[yamls.Key, Any]]:
     return held or [(key, data)]
 
 
-# What other programs call a key whose name here is not near theirs, and keys of free sections.
-_STEP = " A step is measured in tokens: training.tokens_per_step."
-_LENGTH = " Here it is training.max_length, in tokens."
-ADAPTER = ("peft_type", "lora_alpha", "lora_dropout", "target_modules")
-GENERATION = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "top_k")
-ELSEWHERE = {
-    **dict.fromkeys(("epochs", "num_epochs", "n_epochs"), " Here it is training.num_train_epochs."),
-    **dict.fromkeys(("steps", "num_steps", "total_steps"), " Here it is training.max_steps."),
-    **dict.fromkeys(("lr", "learnrate"), " Here it is training.learning_rate."),
-    **dict.fromkeys(
-        ("batch_size", "per_device_train_batch_size", "micro_batch_size", "train_batch_size"), _STEP
-    ),
-    **dict.fromkeys(("gradient_accumulation_steps", "grad_accumulation_steps"), _STEP),
-    **dict.fromkeys(("max_seq_length", "max_seq_len", "cutoff_len", "block_size"), _LENGTH),
-    **dict.fromkeys(("seq_len", "sequence_len", "context_length"), _LENGTH),
-    **dict.fromkeys(("scheduler", "lr_scheduler"), " Here it is training.lr_scheduler_type."),
-    **dict.fromkeys(("optimizer", "optimiser"), " Here it is training.optim."),
-    "warmup_ratio": " A share of all steps is a training.warmup_steps below 1.",
-    "report_to": " Here it is tracking.log_with.",
-    "output_dir": " Here it is output.dir.",
-    "lora": " Write adapter: {peft_type: lora, r: 16}.",
-    "peft": " Write adapter: {peft_type: lora, r: 16}.",
-    **dict.fromkeys(("lora_rank", "lora_r", "lora_dim", "rank"), " Here it is adapter.r."),
-    **{key: f" Here it is adapter.{key}." for key in ADAPTER},
-    **{key: f" Here it is generation.{key}." for key in GENERATION},
-    **dict.fromkeys(("dataset", "datasets", "train_file"), " Here it is data.train.path."),
-    **dict.fromkeys(("base_model", "model_name_or_path", "model_id"), " Here it is model.name."),
-    **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), " Here it is model.dtype."),
-    **dict.fromkeys(("push_to_hub", "hub_model_id"), " Here it is output.push."),
-    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), " Here it is training.eval_steps."),
-    "save_strategy": " Here it is training.save_steps.",
-    "resume_from_checkpoint": " The same command again goes on from the last checkpoint.",
-    **dict.fromkeys(
-        ("assistant_only_loss", "completion_only_loss", "train_on_inputs"),
-        " Answers alone are learnt; training.train_on says which.",
-    ),
-}
 # What is meant by a text alone where a section stands.
 MEANT = {
     "model": "{{name: {}}}",
@@ -143,8 +109,8 @@ def _elsewhere(record: type[Record], owner: type[Record] | None, key: yamls.Key)
     """How an unknown key is written here: as its like in this section, or in another section."""
     typed = str(key[-1])
     name = typed.lower().replace("-", "_")
-    if name in ELSEWHERE:
-        return ELSEWHERE[name].replace(f" {yamls.dotted(key[:-1])}.", " ")
+    if name in record.elsewhere:
+        return record.elsewhere[name].replace(f" {yamls.dotted(key[:-1])}.", " ")
     hint = errors.nearest(typed, [] if owner is None else keys_of(owner))
     if "Did you mean" in hint:
         return hint

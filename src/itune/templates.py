@@ -12,14 +12,14 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import jinja2
 import jinja2.meta
 import jinja2.nodes
 import pydantic
 
-from itune import errors, expressions, records, sandbox, yamls
+from itune import elsewhere, errors, expressions, records, sandbox, yamls
 from itune.records import Text
 
 Task = Literal["classification", "qa", "translation", "summarization", "generation", "chat"]
@@ -54,6 +54,8 @@ def _expression(source: str) -> Any:
 
 class Template(records.Record):
     """How a row of data becomes a prompt and its answer."""
+
+    elsewhere: ClassVar[Mapping[str, str]] = elsewhere.TEMPLATE
 
     name: Annotated[str, pydantic.Field(exclude=True)]
     """The template's name, from its file; not a key."""

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-from itune import vocabularies
+from itune import phrases, vocabularies
 
 
 class Shape(NamedTuple):
@@ -201,19 +201,33 @@ TIKTOKEN = (
 )
 
 
+def _lines() -> list[str]:
+    return [f"{line}\n\nUser: 12,345 {line} Assistant:" for line in sentences(150)]
+
+
 def _trained(tokenizer: Any, trainer: Any) -> Any:
-    lines = [f"{line}\n\nUser: 12,345 {line} Assistant:" for line in sentences(150)]
-    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.train_from_iterator(_lines(), trainer)
     return tokenizer
+
+
+def _bytes_trainer() -> Any:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options: dict[str, Any] = {"initial_alphabet": alphabet, "show_progress": False}
+    return trainers.BpeTrainer(vocab_size=400, **options)
 
 
 def _byte_bpe() -> Any:
     tokenizer = Tokenizer(kinds.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options: dict[str, Any] = {"initial_alphabet": alphabet, "show_progress": False}
-    return _trained(tokenizer, trainers.BpeTrainer(vocab_size=400, **options))
+    return _trained(tokenizer, _bytes_trainer())
+
+
+def _phrases() -> Any:
+    words = Tokenizer(kinds.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    words.decoder = decoders.ByteLevel()
+    return phrases.added(_trained(words, _bytes_trainer()), _lines(), 200)
 
 
 def _tiktoken() -> Any:
@@ -225,9 +239,7 @@ def _tiktoken() -> Any:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    options: dict[str, Any] = {"initial_alphabet": alphabet, "show_progress": False}
-    return _trained(tokenizer, trainers.BpeTrainer(vocab_size=400, **options))
+    return _trained(tokenizer, _bytes_trainer())
 
 
 def _sentencepiece(prepend: str) -> Any:
@@ -298,6 +310,7 @@ def _characters() -> Any:
 
 KINDS = {
     "byte-bpe": _byte_bpe,
+    "phrases": _phrases,
     "tiktoken": _tiktoken,
     "sp-first": functools.partial(_sentencepiece, "first"),
     "sp-normalizer": functools.partial(_sentencepiece, "normalizer"),

@@ -416,7 +416,7 @@ def test_choices_are_as_likely_as_their_loss_says(family: str) -> None:
 
 def documents(family: str, lengths: list[int], **fields: Any) -> tuple[Any, data.Corpus]:
     recipe = recipes.TokenizerRecipe(algorithm="bpe", vocab_size=330)
-    tokenizer = vocabularies.train(recipe, iter(sentences(100)), family)
+    tokenizer = vocabularies.train(recipe, lambda: iter(sentences(100)), family)
     encoder = families.encoder(family, tokenizer)
     training = recipes.Training(**fields)
     text = " ".join(sentences(400))
@@ -514,9 +514,32 @@ def test_a_tokenizer_reads_small_letters_where_that_is_asked(algorithm: Any) -> 
     for lowercase in (False, True):
         wanted = recipes.TokenizerRecipe(algorithm=algorithm, vocab_size=330, lowercase=lowercase)
         # Once: a unigram tokenizer trained again on the same texts may be another.
-        made = vocabularies.train(wanted, iter(sentences(100)), "masked")
+        made = vocabularies.train(wanted, lambda: iter(sentences(100)), "masked")
         same = made("The CAT Likes")["input_ids"] == made("the cat likes")["input_ids"]
         assert same is lowercase
+
+
+def test_phrases_are_tokens_beside_the_words_of_a_plain_tokenizer() -> None:
+    texts = ["I don't like it, not a good film.", "A good film? I don't like it at all."] * 9
+
+    def made(**more: Any) -> Any:
+        wanted = recipes.TokenizerRecipe(algorithm="bpe", lowercase=True, **more)
+        return vocabularies.train(wanted, lambda: iter(texts), "masked")
+
+    plain, built = made(vocab_size=500), made(vocab_size=512, phrases=12)
+    found = set(built.get_vocab()) - set(plain.get_vocab())
+    assert found == {"ĠaĠgood", "ĠiĠdon", "ĠitĠat", "'tĠlike"}
+    words = "like, good. film\nall 12!"
+    assert built.tokenize(words) == plain.tokenize(words)
+    assert built.tokenize("I don't like it!") == ["ĠiĠdon", "'tĠlike", "Ġit", "!"]
+    for text in ("Not A good film: 10", "  two  spaces\n", "schön 漢字 don't", ""):
+        for tokenizer in (plain, built):
+            ids = tokenizer(text)["input_ids"]
+            assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text.lower().strip()
+    with pytest.raises(ValueError, match="unigram has none"):
+        recipes.TokenizerRecipe(algorithm="unigram", vocab_size=500, phrases=12)
+    with pytest.raises(ValueError, match="too few for words"):
+        recipes.TokenizerRecipe(vocab_size=500, phrases=490)
 
 
 def test_whole_words_are_hidden_whole() -> None:

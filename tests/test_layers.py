@@ -74,6 +74,7 @@ ORDER = (
     "quantization",
     "generators",
     "probing",
+    "phrases",
     "vocabularies",
     "weights",
     "locating",

@@ -194,7 +194,7 @@ def asked_tokenizer(recipe: recipes.Recipe, run: runs.Run | None, command: str =
     wanted = scratch.tokenizer
 
     def trained() -> Any:
-        return vocabularies.train(wanted, data.texts(recipe.data.train, command), kind)
+        return vocabularies.train(wanted, lambda: data.texts(recipe.data.train, command), kind)
 
     if kept is None:
         return trained()

@@ -59,6 +59,20 @@ class TokenizerRecipe(Record):
     lowercase: Flag = False
     """Read every text in small letters, and write none but these: words in a short vocabulary are
     then in fewer pieces."""
+    phrases: Annotated[Whole, Field(ge=0)] = 0
+    """With bpe: how many of the entries are phrases of two words, where as many are frequent. Text
+    is in fewer tokens, and `not good` has a meaning of its own."""
+
+    @pydantic.model_validator(mode="after")
+    def _phrases_of_words(self) -> TokenizerRecipe:
+        if self.phrases and self.algorithm != "bpe":
+            raise ValueError(f"phrases: {self.phrases}, and {self.algorithm} has none. Take bpe.")
+        if self.phrases > self.vocab_size - 16:
+            raise ValueError(
+                f"phrases: {self.phrases} of {self.vocab_size} entries leave too few for words. "
+                "Raise vocab_size."
+            )
+        return self
 
 
 Tokenizer = Annotated[

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from typing import Any
 
 import transformers
 
-from itune import families, objectives, recipes
+from itune import families, objectives, phrases, recipes
 
 # Control tokens of a tokenizer trained here: a decoder's are itune's own, an encoder's are named
 # as BERT's and an encoder-decoder's as T5's. No unknown token where bytes cover every text.
@@ -55,9 +55,12 @@ def plain_template(loaded: Any, kind: str = families.CAUSAL) -> str:
 
 
 def train(
-    wanted: recipes.TokenizerRecipe, texts: Iterator[str], kind: str = families.CAUSAL
+    wanted: recipes.TokenizerRecipe, texts: Callable[[], Iterator[str]], kind: str = families.CAUSAL
 ) -> Any:
-    """A tokenizer of `vocab_size` entries trained on texts, with a family's control tokens."""
+    """A tokenizer of `vocab_size` entries trained on texts, with a family's control tokens.
+
+    `texts` gives them anew at each call: phrases are looked for once the words are known.
+    """
     from tokenizers import processors
 
     named = dict(TOKENS[kind])
@@ -80,12 +83,14 @@ def train(
     )
 
 
-def _trained(wanted: recipes.TokenizerRecipe, texts: Iterator[str], special: list[str]) -> Any:
+def _trained(
+    wanted: recipes.TokenizerRecipe, texts: Callable[[], Iterator[str]], special: list[str]
+) -> Any:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
     from tokenizers import models as kinds
 
     common: dict[str, Any] = {
-        "vocab_size": wanted.vocab_size,
+        "vocab_size": wanted.vocab_size - wanted.phrases,
         "special_tokens": special,
         "show_progress": False,
     }
@@ -97,7 +102,7 @@ def _trained(wanted: recipes.TokenizerRecipe, texts: Iterator[str], special: lis
         )
         built.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         built.decoder = decoders.WordPiece()
-        built.train_from_iterator(texts, trainers.WordPieceTrainer(**common))
+        built.train_from_iterator(texts(), trainers.WordPieceTrainer(**common))
         return built
     common["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
     if wanted.algorithm == "unigram":
@@ -110,5 +115,5 @@ def _trained(wanted: recipes.TokenizerRecipe, texts: Iterator[str], special: lis
     # token as in the middle of a sentence.
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     built.decoder = decoders.ByteLevel()
-    built.train_from_iterator(texts, trainer)
-    return built
+    built.train_from_iterator(texts(), trainer)
+    return phrases.added(built, texts(), wanted.phrases) if wanted.phrases else built

@@ -201,10 +201,22 @@ def test_reviews_from_scratch_take_two_steps_each_and_are_scored(itune: Itune) -
         "training.tokens_per_step": 256,
     }
     changes = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
-    for command, more in (("pretrain", ()), ("tune", ("--set", "data.train.1.path=train.jsonl"))):
-        done = itune(command, "--recipe", folder / f"{command}.yaml", *changes, *more, "--json")
+    words = ("data.train.1.path=train.jsonl",)
+    phrases = ("model.from_scratch.tokenizer.phrases=20", "output.dir=runs/phrases-pretrain")
+    tuned = (*words, "model.name=runs/phrases-pretrain", "output.dir=runs/phrases")
+    for command, more in (
+        ("pretrain", ()),
+        ("tune", words),
+        ("pretrain", phrases),
+        ("tune", tuned),
+    ):
+        sets = [part for change in more for part in ("--set", change)]
+        done = itune(command, "--recipe", folder / f"{command}.yaml", *changes, *sets, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["steps"] == 2
-    done = itune("eval", "--run", "runs/imdb-from-scratch-tune", "--json")
+    together = ("--set", "evaluation.ensemble=[runs/phrases]")
+    done = itune("eval", "--run", "runs/imdb-from-scratch-tune", *together, "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tasks"]["review"]["rows"] == 20
+    scores = json.loads(done.stdout)
+    assert scores["ensemble"] == ["runs/phrases"]
+    assert scores["tasks"]["review"]["rows"] == 20

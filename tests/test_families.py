@@ -539,7 +539,7 @@ def test_phrases_are_tokens_beside_the_words_of_a_plain_tokenizer() -> None:
     with pytest.raises(ValueError, match="unigram has none"):
         recipes.TokenizerRecipe(algorithm="unigram", vocab_size=500, phrases=12)
     with pytest.raises(ValueError, match="too few for words"):
-        recipes.TokenizerRecipe(vocab_size=500, phrases=490)
+        recipes.TokenizerRecipe(vocab_size=500, phrases=240)
 
 
 def test_whole_words_are_hidden_whole() -> None:

@@ -48,6 +48,9 @@ StepsOrAuto = Annotated[
 ]
 
 
+BYTES, SPARE = 256, 16  # entries of a tokenizer of bytes: one each, and the least for words
+
+
 class TokenizerRecipe(Record):
     """A tokenizer trained on the training data before the model starts."""
 
@@ -67,10 +70,10 @@ class TokenizerRecipe(Record):
     def _phrases_of_words(self) -> TokenizerRecipe:
         if self.phrases and self.algorithm != "bpe":
             raise ValueError(f"phrases: {self.phrases}, and {self.algorithm} has none. Take bpe.")
-        if self.phrases > self.vocab_size - 16:
+        if self.phrases > max(0, self.vocab_size - BYTES - SPARE):
             raise ValueError(
-                f"phrases: {self.phrases} of {self.vocab_size} entries leave too few for words. "
-                "Raise vocab_size."
+                f"phrases: {self.phrases} of {self.vocab_size} entries leave too few for words, "
+                f"beside one for each of {BYTES} bytes. Raise vocab_size."
             )
         return self
 

@@ -261,6 +261,10 @@ FIELDS = {
     "limit: 8": "x.yaml:4: limit: unknown key. Here it is data.train.limit or data.eval.limit.",
     "training: {metrics: [f1]}": "x.yaml:4: training.metrics: unknown key. Here it is "
     "evaluation.metrics.",
+    "packing: true": "x.yaml:4: packing: unknown key. Here it is training.packing.",
+    "train: x": "x.yaml:4: train: unknown key. Here it is data.train.",
+    "training: {gradient_clipping: 1}": "x.yaml:4: training.gradient_clipping: unknown key. "
+    "Here it is max_grad_norm.",
     "training: {lora_alpha: 16}": "x.yaml:4: training.lora_alpha: unknown key. Here it is "
     "adapter.lora_alpha.",
     "launch: {num_processes: 0}": "x.yaml:4: launch.num_processes: expected a whole number >= 1, "

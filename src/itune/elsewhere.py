@@ -5,7 +5,7 @@ from __future__ import annotations
 _RANK = ("rank", "lora_rank", "lora_r", "lora_dim")
 LORA = {
     **dict.fromkeys(_RANK, "r"),
-    **dict.fromkeys(("alpha", "scaling"), "lora_alpha"),
+    "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     **dict.fromkeys(("lora_target", "lora_target_modules", "targets"), "target_modules"),
 }
@@ -26,6 +26,9 @@ RECIPE = {
     **dict.fromkeys(("seq_len", "sequence_len", "context_length"), _LENGTH),
     **dict.fromkeys(("scheduler", "lr_scheduler"), " Here it is training.lr_scheduler_type."),
     **dict.fromkeys(("optimizer", "optimiser"), " Here it is training.optim."),
+    **dict.fromkeys(
+        ("gradient_clipping", "grad_clip", "clip_grad_norm"), " Here it is training.max_grad_norm."
+    ),
     "warmup_ratio": " A share of all steps is a training.warmup_steps below 1.",
     "report_to": " Here it is tracking.log_with.",
     "output_dir": " Here it is output.dir.",

@@ -111,13 +111,13 @@ def _elsewhere(record: type[Record], owner: type[Record] | None, key: yamls.Key)
     name = typed.lower().replace("-", "_")
     if name in record.elsewhere:
         return record.elsewhere[name].replace(f" {yamls.dotted(key[:-1])}.", " ")
-    hint = errors.nearest(typed, [] if owner is None else keys_of(owner))
-    if "Did you mean" in hint:
-        return hint
     homes = dict(_homes(record))
     if name in homes.values():
         found = [home for home, each in homes.items() if each == name]
         return f" Here it is {' or '.join(found[:3])}."
+    hint = errors.nearest(typed, [] if owner is None else keys_of(owner))
+    if "Did you mean" in hint:
+        return hint
     near = difflib.get_close_matches(name, homes.values(), n=1, cutoff=0.8)
     meant = next((home for home, each in homes.items() if each in near), None)
     return f" Did you mean {meant!r}?" if meant else hint

@@ -393,3 +393,15 @@ def test_two_processes_average_as_one(
     for name in ("member-1.jsonl", "member-2.jsonl"):
         one, two = (np.array([e["nats"] for e in read(Path(p, name))]) for p in ("one", "two"))
         assert one == pytest.approx(two, abs=1e-4)
+
+
+def test_a_member_that_was_never_tuned_is_told(folder: Path, cli: Cli) -> None:
+    state = Path("runs/b/run.json")
+    whole = state.read_text()
+    changed = whole.replace('"command": "tune"', '"command": "pretrain"')
+    assert changed != whole
+    state.write_text(changed)
+    told = "evaluation.ensemble: runs/b is pretrained alone, and has learnt none of these answers."
+    assert told in cli(*WITH_B).err
+    state.write_text(whole)
+    assert told not in cli(*WITH_B).err

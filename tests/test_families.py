@@ -519,7 +519,9 @@ def test_a_tokenizer_reads_small_letters_where_that_is_asked(algorithm: Any) -> 
         assert same is lowercase
 
 
-def test_phrases_are_tokens_beside_the_words_of_a_plain_tokenizer() -> None:
+def test_phrases_are_tokens_beside_the_words_of_a_plain_tokenizer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     texts = ["I don't like it, not a good film.", "A good film? I don't like it at all."] * 9
 
     def made(**more: Any) -> Any:
@@ -529,6 +531,9 @@ def test_phrases_are_tokens_beside_the_words_of_a_plain_tokenizer() -> None:
     plain, built = made(vocab_size=500), made(vocab_size=512, phrases=12)
     found = set(built.get_vocab()) - set(plain.get_vocab())
     assert found == {"ĠaĠgood", "ĠiĠdon", "ĠitĠat", "'tĠlike"}
+    assert "4 of 12 were found" in capsys.readouterr().err
+    made(vocab_size=500, phrases=4)
+    assert capsys.readouterr().err == ""
     words = "like, good. film\nall 12!"
     assert built.tokenize(words) == plain.tokenize(words)
     assert built.tokenize("I don't like it!") == ["ĠiĠdon", "'tĠlike", "Ġit", "!"]

@@ -300,6 +300,11 @@ FIELDS = {
 }
 
 
+def test_a_key_under_eval_is_not_sent_to_train() -> None:
+    told = faults(f"{GOOD}  eval: {{dataset: x}}\n")
+    assert "x.yaml:4: data.eval.dataset: unknown key. Here it is path." in told
+
+
 @pytest.mark.parametrize("text", FIELDS)
 def test_a_fault_of_a_field_is_one_line(text: str) -> None:
     assert faults(f"{GOOD}{text}\n") == [FIELDS[text]]

@@ -254,6 +254,11 @@ def _others(recipe: recipes.Recipe, run: runs.Run | None, asked: Judged) -> tupl
                     f"{ENSEMBLE}: {errors.inert(name)} is {what}, and would count twice. Take it "
                     f"out; {ALONE}"
                 )
+        if other.manifest.get("command") == "pretrain":
+            launching.warn(
+                f"{ENSEMBLE}: {errors.inert(name)} is pretrained alone, and has learnt none of "
+                "these answers."
+            )
         found.append(other)
     return tuple(found)
 

@@ -110,7 +110,10 @@ def _elsewhere(record: type[Record], owner: type[Record] | None, key: yamls.Key)
     typed = str(key[-1])
     name = typed.lower().replace("-", "_")
     if name in record.elsewhere:
-        return record.elsewhere[name].replace(f" {yamls.dotted(key[:-1])}.", " ")
+        told = record.elsewhere[name]
+        if key[:2] == ("data", "eval"):
+            told = told.replace("data.train.", "data.eval.")
+        return told.replace(f" {yamls.dotted(key[:-1])}.", " ")
     homes = dict(_homes(record))
     if name in homes.values():
         found = [home for home, each in homes.items() if each == name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from itune import families, objectives, phrases, recipes
+from itune import families, launching, objectives, phrases, recipes
 
 # Control tokens of a tokenizer trained here: a decoder's are itune's own, an encoder's are named
 # as BERT's and an encoder-decoder's as T5's. No unknown token where bytes cover every text.
@@ -116,4 +116,14 @@ def _trained(
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     built.decoder = decoders.ByteLevel()
     built.train_from_iterator(texts(), trainer)
-    return phrases.added(built, texts(), wanted.phrases) if wanted.phrases else built
+    if not wanted.phrases:
+        return built
+    longer = phrases.added(built, texts(), wanted.phrases)
+    found = longer.get_vocab_size() - built.get_vocab_size()
+    if found < wanted.phrases:
+        launching.warn(
+            f"tokenizer.phrases: {found:,} of {wanted.phrases:,} were found, of words that are one "
+            f"token each and often beside each other; {longer.get_vocab_size():,} entries of "
+            f"{wanted.vocab_size:,} in all. Fewer phrases leave more entries for words."
+        )
+    return longer
